@@ -1,0 +1,18 @@
+"Where tests run: planted data only (but for make test-real), one thread, no hub, a browser where there is one."
+import os, shutil
+import pytest
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium')
+
+def pytest_collection_modifyitems(config, items):
+    "Browser tests are skipped where there is no Chromium, unless MMREC_BROWSER_TESTS=1 makes them mandatory."
+    if CHROMIUM or os.environ.get('MMREC_BROWSER_TESTS') == '1': return
+    for item in items:
+        if item.get_closest_marker('browser'): item.add_marker(pytest.mark.skip(reason='no chromium (CHROMIUM names one)'))
+
+@pytest.fixture(autouse=True)
+def planted_only(request, monkeypatch):
+    "Only tests marked real see MMREC_DATA."
+    if not request.node.get_closest_marker('real'): monkeypatch.delenv('MMREC_DATA', raising=False)
