@@ -1,0 +1,118 @@
+"The main job through papermill: whole, again, interrupted, and given nonsense."
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import nbformat, polars as pl, pytest
+from mmrec_wb.core.paths import cache_dir, project_root
+from mmrec_wb.core.record import load_run
+
+ROOT = project_root()
+SMALL = dict(dataset='toys', source='planted', max_users=40, epochs=1, batch_size=16)
+
+def papermill(tmp, timeout=300, **params):
+    "The finished process of `papermill nbs/train_hanorec.ipynb`, its notebook and its run folders."
+    out, runs = tmp/'out.ipynb', tmp/'runs'
+    args = [a for k, v in {'out_dir': runs, **params}.items() for a in ('-p', k, str(v))]
+    p = subprocess.run([str(Path(sys.executable).parent/'papermill'), 'nbs/train_hanorec.ipynb', str(out), *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return p, out, runs
+
+def figures(notebook):
+    return [o for c in nbformat.read(notebook, 4).cells if c.cell_type == 'code' for o in c.outputs if 'application/vnd.plotly.v1+json' in o.get('data', {})]
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp('whole')
+    p, out, runs = papermill(tmp, **SMALL)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return tmp, out, runs
+
+def test_a_whole_run(whole):
+    _, out, runs = whole
+    shown = figures(out)
+    assert len(shown) >= 5 and out.stat().st_size < 3_000_000
+    assert all('planted' in json.dumps(f['data']['application/vnd.plotly.v1+json']['layout']) for f in shown), 'a figure of planted data must say so'
+    run = load_run(next(runs.glob('hanorec-*')))
+    assert run.finished and run.info['source'] == 'planted' and run.info['cpu_seconds'] > 0
+    assert sorted(p.name.split('-')[0] for p in runs.iterdir()) == ['hanorec', 'sft'] and not list(runs.rglob('checkpoint'))
+    ranks = run.frame('ranks')
+    assert ranks.height == 40 and ranks['p_yes'].is_between(0, 1).all() and {'popularity', 'random', 'oracle'} <= set(ranks.columns)
+    text = out.read_text()
+    assert 'recorded in' in text and 'Traceback' not in text
+
+def test_the_same_again_only_redraws(whole):
+    tmp, _, runs = whole
+    before = {p: p.stat().st_mtime_ns for p in runs.rglob('*') if p.is_file()}
+    p, out, _ = papermill(tmp, **SMALL)
+    assert p.returncode == 0 and len(figures(out)) >= 5
+    assert {p: p.stat().st_mtime_ns for p in runs.rglob('*') if p.is_file()} == before
+
+def test_dpo_shares_the_sft_run(whole):
+    tmp, _, runs = whole
+    p, out, _ = papermill(tmp, **SMALL, loss='dpo')
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert len(list(runs.glob('sft-*'))) == 1 and load_run(next(runs.glob('dpo-*'))).params['sft'] == next(runs.glob('sft-*')).name
+
+NONSENSE = {
+    'unknown data set': (dict(dataset='toyz'), 'did you mean toys'),
+    'files missing': (dict(source='raw', data_dir='/nonexistent/place'), 'reviews_Toys_and_Games_5.json.gz'),
+    'epochs=0': (dict(epochs=0), 'give at least 1'),
+    'misspelt parameter': (dict(datset='toys'), 'did you mean dataset'),
+    'wrong type': (dict(epochs='three'), 'int is needed'),
+    'no backbone': (dict(backbone='tests'), 'is no model'),
+    'unknown loss': (dict(loss='dpoo'), 'did you mean dpo'),
+    'no such function': (dict(loss='math:nothing'), 'nothing'),
+}
+
+@pytest.mark.parametrize('what', NONSENSE)
+def test_nonsense_is_one_line_and_leaves_nothing(tmp_path, what):
+    params, says = NONSENSE[what]
+    cached = lambda: {p for p in cache_dir().rglob('*')} if cache_dir().exists() else set()
+    before = cached()
+    p, _, runs = papermill(tmp_path, **{**SMALL, **params})
+    last = p.stderr.strip().splitlines()[-1]
+    assert p.returncode != 0 and last.startswith('WorkbenchError: ') and says in last, p.stderr[-1500:]
+    assert not runs.exists() and cached() == before
+
+TRAIN = '''
+import sys
+from mmrec_wb.data import load_dataset
+from mmrec_wb.data.features import add_features
+from mmrec_wb.training.hanorec import train_preference, train_sft
+data = add_features(load_dataset('toys', source='planted', planted_users=120, planted_items=80), progress=False)
+how = dict(out_dir=sys.argv[1], epochs=2, preference_epochs=2, batch_size=16)
+print(train_preference(data, train_sft(data, **how), **how).path)
+'''
+
+def train(out, kill_in=None):
+    "Train; kill -9 once a checkpoint of the stage `kill_in` is there."
+    p = subprocess.Popen([sys.executable, '-c', TRAIN, str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if kill_in is None:
+        text, err = p.communicate(timeout=300); assert p.returncode == 0, err[-2000:]
+        return load_run(text.strip().splitlines()[-1])
+    end = time.time() + 300
+    while not list(Path(out).glob(f'{kill_in}-*/checkpoint/checkpoint-*/trainer_state.json')):
+        assert p.poll() is None and time.time() < end, p.stderr.read()[-2000:]
+        time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.communicate()
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
+    straight = train(tmp_path/'straight')
+    for stage in ('sft', 'hanorec'):
+        train(tmp_path/'killed', kill_in=stage)
+        assert json.loads(next((tmp_path/'killed').glob(f'{stage}-*/run.json')).read_text())['status'] == 'running'
+    resumed = train(tmp_path/'killed')
+    assert resumed.path.name == straight.path.name
+    for frame in ('metrics', 'ranks'):
+        a, b = straight.frame(frame), resumed.frame(frame)
+        assert a.columns == b.columns and a.height == b.height
+        for c in a.columns:
+            if a[c].dtype == pl.Float64: assert (a[c] - b[c]).abs().max() < 1e-6, (frame, c)
+            else: assert a[c].equals(b[c]), (frame, c)
+
+def test_no_picture_at_all(tmp_path):
+    from mmrec_wb.data import load_dataset
+    from mmrec_wb.data.features import add_features
+    from mmrec_wb.training.hanorec import train_preference, train_sft
+    data = add_features(load_dataset('toys', source='planted', planted_users=30, planted_items=60, pictures=False), progress=False)
+    how = dict(out_dir=tmp_path, epochs=1, batch_size=16)
+    run = train_preference(data, train_sft(data, **how), **how)
+    assert run.info['modalities'] == ['text'] and run.frame('items')['thumbnail'].null_count() == run.frame('items').height
