@@ -1,6 +1,7 @@
 """SFT, DPO and HaNoRec with the tiny backbone over seeds, through papermill; the table goes to results/.
 
     python benchmarks/study_hanorec.py                                   # planted, all users, seeds 0 1 2
+    python benchmarks/study_hanorec.py -p planted_seed=1 --out-dir runs/study-g1 --name hanorec_toys_planted_g1     # another generator seed
     python benchmarks/study_hanorec.py --dataset ml-100k --data-dir "$MMREC_DATA" --max-users 150 --seeds 0
 
 A stopped study goes on where it stopped: finished runs are reloaded. Losses of one seed share their SFT run.
@@ -16,8 +17,7 @@ from mmrec_wb.core.record import load_run
 def notebook(args, loss, seed):
     "Run train_hanorec once; its log."
     out = project_root()/args.out_dir/f'study-{args.dataset}-{loss}-s{seed}.ipynb'
-    more = [] if args.max_users is None else ['-p', 'max_users', str(args.max_users)]
-    more += [] if args.data_dir is None else ['-p', 'data_dir', args.data_dir]
+    more = ['-p', 'max_users', str(args.max_users)] + (['-p', 'data_dir', args.data_dir] if args.data_dir else [])
     more += [x for p in args.p for x in ('-p', *p.split('=', 1))]
     cmd = [Path(sys.executable).parent/'papermill', 'nbs/train_hanorec.ipynb', out, '--inject-paths', '--no-progress-bar', '-p', 'dataset', args.dataset, '-p', 'source', args.source, '-p', 'out_dir', args.out_dir, '-p', 'loss', loss, '-p', 'seed', str(seed), *more]
     p = subprocess.run(list(map(str, cmd)), cwd=project_root(), capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
@@ -40,7 +40,7 @@ def collect(args):
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument('--dataset', default='toys'); a.add_argument('--source', default='planted'); a.add_argument('--data-dir'); a.add_argument('--max-users', type=int)
+    a.add_argument('--dataset', default='toys'); a.add_argument('--source', default='planted'); a.add_argument('--data-dir'); a.add_argument('--max-users', type=int, default=0)
     a.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); a.add_argument('--losses', nargs='+', default=['sft', 'dpo', 'hanorec'])
     a.add_argument('--out-dir', default='runs/study'); a.add_argument('--workers', type=int, default=2); a.add_argument('-p', action='append', default=[], help='name=value of the notebook')
     a.add_argument('--name', help='of the files under results/')
