@@ -14,6 +14,7 @@ from torch import nn
 from ..core.errors import WorkbenchError
 from ..core.paths import resolve
 from ..core.seeds import set_seed
+from ..data.encoders import quiet_transformers
 
 # %% ../../nbs/mllm/backbones.ipynb #0a80da6a
 SPECIAL = ['<pad>', '<s>', '</s>', '<image>', '<user>', '<assistant>']
@@ -101,7 +102,7 @@ def load_backbone(
     seed: int=0        # tiny: of the random weights
 ) -> tuple: # model, processor
     "A backbone and its processor."
-    check_backbone(name)
+    check_backbone(name); quiet_transformers()
     if name == 'tiny':
         processor = tiny_processor(titles); return tiny_model(processor, seed), processor
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -25,7 +25,7 @@ SFT_SETTINGS = ('backbone', 'seed', 'epochs', 'batch_size', 'accumulation', 'lr'
 PREFERENCE_SETTINGS = ('loss', 'preference_epochs', 'preference_lr', 'beta', 'noise', 'hard_temp', 'neighbours', 'hardness_from')
 DEFAULTS = dict(backbone='tiny', seed=0, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, lora_rank=8, lora_alpha=32, lora_dropout=.05,
     loss='hanorec', preference_epochs=1, preference_lr=1e-4, beta=.1, noise=.05, hard_temp=.05, neighbours=10, hardness_from='encoders',
-    device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, notebook=None)
+    device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
 
 def pick_device(name: str) -> str: # 'cuda', 'mps' or 'cpu'
     "The device that 'auto' means, or the one named, if it is there."
@@ -119,7 +119,7 @@ def train_sft(
 
 def _open(method, data, s, params):
     "The run of these parameters."
-    return open_run(method, data.name, s['seed'], params, data.fingerprint, data.source, s['out_dir'], s['resume'], notebook=s['notebook'], max_users=s['max_users'],
+    return open_run(method, data.name, s['seed'], params, data.fingerprint, data.source, s['out_dir'], s['resume'], notebook=s['notebook'], max_users=s['max_users'], planted_seed=s['planted_seed'] if data.source == 'planted' else None,
         protocol='yes/no, leave-one-out, one uniform negative', modalities=sorted(data.features), loader='mmrec_wb.training.hanorec:load_model')
 
 def _finish(run, data, model, processor, test, s, whole, sft=None):

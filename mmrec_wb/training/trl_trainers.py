@@ -6,14 +6,14 @@
 __all__ = ['trainer_args', 'as_dataset', 'Recorder', 'quiet', 'PreferenceTrainer']
 
 # %% ../../nbs/training/trl_trainers.ipynb #88c0119f
-import contextlib, time
+import contextlib
 import torch
 from datasets import Dataset as HFDataset
 from tqdm import tqdm
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from ..mllm.prompts import Collator
+from ..data.encoders import quiet_transformers
 from ..preference.hardness import adaptive_beta, responsiveness
 from ..preference.losses import gaps, get_loss
 from ..preference.noise import lora_noise
@@ -49,6 +49,7 @@ class Recorder(TrainerCallback):
 
 def quiet(trainer):
     "Without transformers' own progress tables."
+    quiet_transformers()
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ('PrinterCallback', 'ProgressCallback', 'NotebookProgressCallback')]: trainer.remove_callback(callback)
     return trainer
 
