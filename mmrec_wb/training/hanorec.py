@@ -105,12 +105,12 @@ def train_sft(
     train, test = (yes_no_examples(data, split, s['seed'], s['history']) for split in ('train', 'test'))
     with _open('sft', data, s, {k: s[k] for k in SFT_SETTINGS}) as run:
         if run.finished: return run
-        from trl import SFTConfig, SFTTrainer
-        from mmrec_wb.training.trl_trainers import as_dataset, trainer_args
+        from trl import SFTConfig
+        from mmrec_wb.training.trl_trainers import TuningTrainer, as_dataset, trainer_args
         tiny = s['backbone'] == 'tiny'
         model, processor = load_backbone(s['backbone'], data.catalogue['title'].to_list(), s['seed'])
         where, every, args = _arguments(run, s, train.height, s['epochs'], s['lr'], warmup_steps=min(50, train.height*s['epochs']//s['batch_size']//10) if tiny else 0)
-        trainer = SFTTrainer(model, args=trainer_args(SFTConfig, where, every, **args), train_dataset=as_dataset(train.to_dicts()), processing_class=processor,
+        trainer = TuningTrainer(model, args=trainer_args(SFTConfig, where, every, **args), train_dataset=as_dataset(train.to_dicts()), processing_class=processor,
             data_collator=Collator(data, processor, 'right'), peft_config=None if tiny else lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']))
         model = fit(trainer, run, 'sft', ('loss', 'learning_rate', 'mean_token_accuracy'), 'SFT')
         if not tiny: model.save_pretrained(run.path/'adapter'); model = model.merge_and_unload()
