@@ -17,6 +17,7 @@ def yes_no_examples(
     split: str,         # 'train', 'valid' or 'test'
     seed: int,          # of the run: draws labels and negatives
     history: int=5,     # items shown
+    per_user: int=5,    # train: at most so many positions of a user, the most recent
     min_history: int=2  # positions with fewer items before them are skipped
 ) -> pl.DataFrame: # user, history and times (lists, oldest first), when, target, label, positive, negative
     "The examples of one split. `target` is `positive` where `label` is 1, else `negative`."
@@ -26,7 +27,7 @@ def yes_no_examples(
         items, times = data.sequence(u)
         end = {'train': len(items) - 2, 'valid': len(items) - 1, 'test': len(items)}[split]
         seen = set((items[:end] if split == 'train' else items).tolist())
-        for k in range(min_history, end) if split == 'train' else [end - 1] if end > min_history else []:
+        for k in range(max(min_history, end - per_user), end) if split == 'train' else [end - 1] if end > min_history else []:
             negative = next(i for i in iter(lambda: int(g.integers(1, data.n_items + 1)), None) if i not in seen)
             label, lo = int(g.random() < .5), max(0, k - history)
             rows.append((u, items[lo:k].tolist(), times[lo:k].tolist(), int(times[k]), int(items[k]) if label else negative, label, int(items[k]), negative))

@@ -21,9 +21,9 @@ from ..preference.hardness import delta, item_vectors, weight
 from .metrics import auc, auc_hard, valid_ratio
 
 # %% ../../nbs/training/hanorec.ipynb #f6583294
-SFT_SETTINGS = ('backbone', 'seed', 'epochs', 'batch_size', 'accumulation', 'lr', 'history', 'lora_rank', 'lora_alpha', 'lora_dropout')
+SFT_SETTINGS = ('backbone', 'seed', 'epochs', 'batch_size', 'accumulation', 'lr', 'history', 'examples_per_user', 'lora_rank', 'lora_alpha', 'lora_dropout')
 PREFERENCE_SETTINGS = ('loss', 'preference_epochs', 'preference_lr', 'beta', 'noise', 'hard_temp', 'neighbours', 'hardness_from')
-DEFAULTS = dict(backbone='tiny', seed=0, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, lora_rank=8, lora_alpha=32, lora_dropout=.05,
+DEFAULTS = dict(backbone='tiny', seed=0, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, examples_per_user=5, lora_rank=8, lora_alpha=32, lora_dropout=.05,
     loss='hanorec', preference_epochs=1, preference_lr=1e-4, beta=.1, noise=.05, hard_temp=.05, neighbours=10, hardness_from='encoders',
     device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
 
@@ -102,7 +102,7 @@ def train_sft(
 ) -> Run: # with the test metrics of the model after SFT
     "Stage 1: fine-tune the backbone to answer yes or no. A finished run of the same settings is reloaded."
     s = DEFAULTS | settings; s['device'] = pick_device(s['device'])
-    train, test = (yes_no_examples(data, split, s['seed'], s['history']) for split in ('train', 'test'))
+    train, test = (yes_no_examples(data, split, s['seed'], s['history'], s['examples_per_user']) for split in ('train', 'test'))
     with _open('sft', data, s, {k: s[k] for k in SFT_SETTINGS}) as run:
         if run.finished: return run
         from trl import SFTConfig
@@ -158,7 +158,7 @@ def train_preference(
     "Stage 2: a new LoRA on the frozen result of SFT, trained with a preference loss. A finished run of the same settings is reloaded."
     s = DEFAULTS | settings; s['device'] = pick_device(s['device'])
     if s['loss'] != 'hanorec': s |= dict(noise=0., hard_temp=None, neighbours=None, hardness_from=None) # no part in other losses: must not tell runs apart
-    train, test = (yes_no_examples(data, split, s['seed'], s['history']) for split in ('train', 'test'))
+    train, test = (yes_no_examples(data, split, s['seed'], s['history'], s['examples_per_user']) for split in ('train', 'test'))
     with _open(s['loss'].replace(':', '.'), data, s, dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS})) as run:
         if run.finished: return run
         from trl import DPOConfig
