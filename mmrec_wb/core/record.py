@@ -11,9 +11,10 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 import polars as pl
+from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .errors import WorkbenchError
-from .paths import atomic_write, project_root, resolve
+from .paths import atomic_write, disk_errors, project_root, resolve
 
 # %% ../../nbs/core/record.ipynb #f2ebe6d3
 def run_hash(
@@ -67,21 +68,24 @@ class Run:
         source = ' (planted)' if self.info['source'] == 'planted' else ''
         return f"{self.info['method']} on {self.info['dataset']}{source}, seed {self.info['seed']}"
 
-    def frame(self,
-        name: str # 'metrics', 'ranks', 'items', or 'explain/hardness'
-    ) -> pl.DataFrame:
-        "One of the record's tables."
-        file = self.path/f'{name}.parquet'
-        if not file.exists():
-            have = sorted(str(f.relative_to(self.path).with_suffix('')) for f in self.path.rglob('*.parquet'))
-            raise WorkbenchError(f'{self.path.name} has no table {name!r}; it has: {", ".join(have) or "none yet"}')
-        return pl.read_parquet(file)
+# %% ../../nbs/core/record.ipynb #95c700a4
+@patch
+def frame(self: Run,
+    name: str # 'metrics', 'ranks', 'items', or 'explain/hardness'
+) -> pl.DataFrame:
+    "One of the record's tables."
+    file = self.path/f'{name}.parquet'
+    if not file.exists():
+        have = sorted(str(f.relative_to(self.path).with_suffix('')) for f in self.path.rglob('*.parquet'))
+        raise WorkbenchError(f'{self.path.name} has no table {name!r}; it has: {", ".join(have) or "none yet"}')
+    return pl.read_parquet(file)
 
-    def model(self):
-        "The trained model, loaded by the function that run.json names (one of ours, or none)."
-        module, _, function = self.info.get('loader', '').partition(':')
-        if not module.startswith('mmrec_wb.'): raise WorkbenchError(f'{self.path.name}/run.json names no loader of mmrec_wb: this run cannot load its model')
-        return getattr(importlib.import_module(module), function)(self)
+@patch
+def model(self: Run):
+    "The trained model, loaded by the function that run.json names (one of ours, or none)."
+    module, _, function = self.info.get('loader', '').partition(':')
+    if not module.startswith('mmrec_wb.'): raise WorkbenchError(f'{self.path.name}/run.json names no loader of mmrec_wb: this run cannot load its model')
+    return getattr(importlib.import_module(module), function)(self)
 
 def load_run(path: str|Path) -> Run: # parameters, frames and `.model()`
     "A recorded run. A relative path counts from the project root."
@@ -143,9 +147,10 @@ def open_run(
 ):
     "The run of these parameters, locked for this process: new, half done or finished (then only to be read)."
     path = resolve(out_dir)/f'{method}-{dataset}-s{seed}-{run_hash(method=method, params=params, fingerprint=fingerprint)}'
-    lock = path.parent/f'.{path.name}.lock'; path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent/f'.{path.name}.lock'
     try:
-        with FileLock(lock, timeout=0):
+        with disk_errors(path): path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(path), FileLock(lock, timeout=0):
             if not resume and path.exists(): _forget(path)
             if not (path/'run.json').exists():
                 atomic_write(path/'run.json', json.dumps(dict(method=method, dataset=dataset, source=source, seed=seed, params=params, fingerprint=fingerprint,

@@ -7,6 +7,7 @@ __all__ = ['ANSWERS', 'yes_no_examples', 'yes_no_prompt', 'Collator']
 
 # %% ../../nbs/mllm/prompts.ipynb #aaed22d2
 import numpy as np, polars as pl, torch
+from fastcore.basics import patch
 from ..core.errors import WorkbenchError
 from ..core.seeds import rng
 from ..data import Dataset
@@ -85,31 +86,35 @@ class Collator:
         if item not in self._pictures: self._pictures[item] = self.data.image(item)
         return self._pictures[item]
 
-    def prompts(self, examples):
-        "Processed prompts, unpadded: token rows and the tensors that go with them."
-        asked = [yes_no_prompt(self.data, e) for e in examples]
-        text = [self.processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m, _ in asked]
-        images = [[self.picture(i) for i in shown] for _, shown in asked]
-        x = dict(self.processor(text=text, images=images if any(images) else None, padding=True, add_special_tokens=False, return_tensors='pt'))
-        keep, rows = x.pop('attention_mask').bool(), {}
-        for name in ('input_ids', 'token_type_ids', 'mm_token_type_ids'):
-            if name in x: rows[name] = [r[k] for r, k in zip(x.pop(name), keep)]
-        return rows, x
+# %% ../../nbs/mllm/prompts.ipynb #4985cd03
+@patch
+def prompts(self: Collator, examples: list) -> tuple:
+    "Processed prompts, unpadded: token rows and the tensors that go with them."
+    asked = [yes_no_prompt(self.data, e) for e in examples]
+    text = [self.processor.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m, _ in asked]
+    images = [[self.picture(i) for i in shown] for _, shown in asked]
+    x = dict(self.processor(text=text, images=images if any(images) else None, padding=True, add_special_tokens=False, return_tensors='pt'))
+    keep, rows = x.pop('attention_mask').bool(), {}
+    for name in ('input_ids', 'token_type_ids', 'mm_token_type_ids'):
+        if name in x: rows[name] = [r[k] for r, k in zip(x.pop(name), keep)]
+    return rows, x
 
-    def __call__(self, examples: list) -> dict:
-        rows, rest = self.prompts(examples)
-        labels = [e['label'] for e in examples]
-        n, tails = len(examples), {'right': [[self.ids[l] for l in labels]], 'pair': [[self.ids[l] for l in labels], [self.ids[1 - l] for l in labels]], 'none': [[[]]*len(labels)]}[self.answers]
-        tails = [torch.tensor(t, dtype=torch.long) for group in tails for t in group]
-        copies = len(tails)//n
-        pad = lambda parts, value=0: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
-        tail_of = lambda name, t: t if name == 'input_ids' else torch.zeros_like(t)
-        out = {name: pad([torch.cat([r, tail_of(name, t)]) for r, t in zip(parts*copies, tails)], self.processor.tokenizer.pad_token_id if name == 'input_ids' else 0) for name, parts in rows.items()}
-        lengths = rows['input_ids']*copies
-        out['attention_mask'] = pad([torch.ones(len(r) + len(t), dtype=torch.long) for r, t in zip(lengths, tails)])
-        out['completion_mask'] = pad([torch.cat([torch.zeros(len(r)), torch.ones(len(t))]).long() for r, t in zip(lengths, tails)])
-        out |= {name: torch.cat([v]*copies) for name, v in rest.items()}       # pictures of the prompt, once per copy
-        if self.answers == 'right': out['labels'] = out['input_ids'].masked_fill(out.pop('completion_mask') == 0, -100)
-        if self.answers == 'none': out.pop('completion_mask')
-        if self.answers == 'pair' and 'weight' in examples[0]: out['weight'] = torch.tensor([e['weight'] for e in examples])
-        return out
+@patch
+def __call__(self: Collator, examples: list) -> dict: # tensors [rows, tokens], pictures, and the weight of each example
+    "A padded batch; rows are the examples, or chosen and rejected of them."
+    rows, rest = self.prompts(examples)
+    labels = [e['label'] for e in examples]
+    n, tails = len(examples), {'right': [[self.ids[l] for l in labels]], 'pair': [[self.ids[l] for l in labels], [self.ids[1 - l] for l in labels]], 'none': [[[]]*len(labels)]}[self.answers]
+    tails = [torch.tensor(t, dtype=torch.long) for group in tails for t in group]
+    copies = len(tails)//n
+    pad = lambda parts, value=0: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+    tail_of = lambda name, t: t if name == 'input_ids' else torch.zeros_like(t)
+    out = {name: pad([torch.cat([r, tail_of(name, t)]) for r, t in zip(parts*copies, tails)], self.processor.tokenizer.pad_token_id if name == 'input_ids' else 0) for name, parts in rows.items()}
+    lengths = rows['input_ids']*copies
+    out['attention_mask'] = pad([torch.ones(len(r) + len(t), dtype=torch.long) for r, t in zip(lengths, tails)])
+    out['completion_mask'] = pad([torch.cat([torch.zeros(len(r)), torch.ones(len(t))]).long() for r, t in zip(lengths, tails)])
+    out |= {name: torch.cat([v]*copies) for name, v in rest.items()}       # pictures of the prompt, once per copy
+    if self.answers == 'right': out['labels'] = out['input_ids'].masked_fill(out.pop('completion_mask') == 0, -100)
+    if self.answers == 'none': out.pop('completion_mask')
+    if self.answers == 'pair' and 'weight' in examples[0]: out['weight'] = torch.tensor([e['weight'] for e in examples])
+    return out

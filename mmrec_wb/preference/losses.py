@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from ..core.errors import WorkbenchError, unknown
 
 # %% ../../nbs/preference/losses.ipynb #4d7a72d4
+def _wide(x):
+    "Half precision as float32; float32 and float64 stay."
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 def gaps(
     policy: torch.Tensor,   # [B, 1+K]
     reference: torch.Tensor # [B, 1+K]
@@ -19,14 +23,16 @@ def gaps(
     "The gap in log-ratio between the chosen answer and every rejected one."
     if policy.ndim != 2 or policy.shape != reference.shape or policy.shape[1] < 2:
         raise WorkbenchError(f'policy {tuple(policy.shape)} and reference {tuple(reference.shape)} must both be [B, 1+K], chosen first, with K of at least 1')
-    r = policy - reference
+    r = _wide(policy) - _wide(reference)
     return r[:, :1] - r[:, 1:]
 
 # %% ../../nbs/preference/losses.ipynb #af96076e
 def _per_pair(beta, delta):
-    "beta as a number, or broadcast to [B, K]."
-    if not torch.is_tensor(beta): return beta
-    return beta.to(delta)[:, None] if beta.ndim == 1 else beta.to(delta)
+    "beta as a number, [B, 1] or [B, K]."
+    if not torch.is_tensor(beta) or beta.ndim == 0: return beta
+    if beta.shape == delta.shape: return beta.to(delta)
+    if beta.shape == delta.shape[:1]: return beta.to(delta)[:, None]
+    raise WorkbenchError(f'beta {tuple(beta.shape)} fits no gaps {tuple(delta.shape)}: give a number, one per example [B] or one per pair [B, K]')
 
 def dpo(
     policy, reference, *,

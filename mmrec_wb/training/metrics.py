@@ -18,7 +18,9 @@ def ranks(
 ) -> torch.Tensor: # int64 [B], from 1
     "The target's rank among all columns."
     if scores.isnan().any(): raise WorkbenchError('scores hold NaN: the model diverged (lower lr) or a feature is NaN')
-    own = scores.gather(1, target[:, None])
+    if scores.ndim != 2 or target.shape != scores.shape[:1]:
+        raise WorkbenchError(f'scores {tuple(scores.shape)} and target {tuple(target.shape)} must be [B, C] and [B]')
+    own = scores.gather(1, target.long()[:, None])
     return (scores >= own).sum(1)
 
 def hit(ranks, k: int): return (ranks <= k).double()                                            # [B], 1 if among the first k
@@ -31,7 +33,9 @@ def auc(
     labels  # [n], 1 or 0
 ) -> float: # nan if only one class is there
     "Area under the ROC curve (Mann-Whitney)."
-    s, y = np.asarray(scores, np.float64), np.asarray(labels).astype(bool)
+    s, y = np.asarray(scores, np.float64), np.asarray(labels)
+    if s.shape != y.shape or not np.isin(y, (0, 1)).all(): raise WorkbenchError(f'scores {s.shape} need as many labels, each 0 or 1; given are {y.shape}')
+    y = y.astype(bool)
     if np.isnan(s).any(): raise WorkbenchError('scores hold NaN: the model diverged (lower lr)')
     n, m = y.sum(), (~y).sum()
     return float((rankdata(s)[y].sum() - n*(n + 1)/2)/(n*m)) if n and m else float('nan')
@@ -42,8 +46,9 @@ def auc_hard(
 ) -> float:
     "HaNoRec's protocol: AUC of the answers themselves, without those that are neither Yes nor No."
     valid = np.array([a in ('Yes', 'No') for a in answers], bool)
+    if len(valid) != len(labels): raise WorkbenchError(f'{len(valid)} answers need as many labels, not {len(labels)}')
     return auc(np.array([a == 'Yes' for a in answers], float)[valid], np.asarray(labels)[valid])
 
 def valid_ratio(answers) -> float: # 0 to 1
     "The share of answers that are Yes or No."
-    return float(np.mean([a in ('Yes', 'No') for a in answers]))
+    return float(np.mean([a in ('Yes', 'No') for a in answers])) if len(answers) else float('nan')
