@@ -35,8 +35,18 @@ def collect(args):
         i = run.info
         if not run.finished or i['dataset'] != args.dataset or i['max_users'] != args.max_users or i['method'] not in args.losses or i['seed'] not in args.seeds: continue
         m = dict(run.frame('metrics').filter(split='test').select('name', 'value').iter_rows())
-        rows.append(dict(dataset=i['dataset'] + (' (planted)' if i['source'] == 'planted' else ''), users=run.frame('ranks')['user'].n_unique(), method=i['method'], seed=i['seed'], **m, wall_seconds=i['wall_seconds'], cpu_seconds=i['cpu_seconds'], commit=i['commit'], run=run.path.name))
+        rows.append(dict(dataset=i['dataset'] + (f" (planted, generator seed {i['planted_seed']})" if i['source'] == 'planted' else ''), users=run.frame('ranks')['user'].n_unique(), method=i['method'], seed=i['seed'], **m, wall_seconds=i['wall_seconds'], cpu_seconds=i['cpu_seconds'], commit=i['commit'], run=run.path.name))
     return pl.DataFrame(rows).sort('method', 'seed')
+
+def readme_row(
+    summary: pl.DataFrame # of results/*_summary.csv
+) -> str:
+    "The README's line for a study: AUC, mean ± sd over seeds."
+    m = {r['method']: r for r in summary.to_dicts()}
+    any_ = next(iter(m.values()))
+    auc = lambda r, who: '–' if r is None or r.get(f'auc/{who}') is None else f"{r[f'auc/{who}']:.3f}" + (f" ± {r[f'auc/{who} sd']:.3f}" if r[f'auc/{who} sd'] is not None else '')
+    cells = [any_['dataset'], f"{any_['users']:,}", str(any_['seeds']), *[auc(m.get(k), 'model') for k in ('sft', 'dpo', 'hanorec')], *[auc(any_, k) for k in ('popularity', 'oracle')]]
+    return '| ' + ' | '.join(cells) + ' |'
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,3 +63,4 @@ if __name__ == '__main__':
     name = args.name or f'hanorec_{args.dataset}{"_planted" if args.source == "planted" else ""}'
     for part, frame in (('runs', table), ('summary', summary)): atomic_write(project_root()/'results'/f'{name}_{part}.csv', lambda tmp: frame.write_csv(tmp, float_precision=4))
     with pl.Config(tbl_cols=-1, tbl_width_chars=200): print(summary)
+    print(readme_row(summary))

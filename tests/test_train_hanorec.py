@@ -51,6 +51,15 @@ def test_dpo_shares_the_sft_run(whole):
     assert p.returncode == 0, p.stderr[-3000:]
     assert len(list(runs.glob('sft-*'))) == 1 and load_run(next(runs.glob('dpo-*'))).params['sft'] == next(runs.glob('sft-*')).name
 
+def test_a_loss_by_import_path_is_that_loss(whole):
+    "The door for method authors: DPO through `package.module:function` gives DPO's numbers."
+    tmp, _, runs = whole
+    p, _, _ = papermill(tmp, **SMALL, loss='mmrec_wb.preference.losses:dpo')
+    assert p.returncode == 0, p.stderr[-3000:]
+    own, ours = (load_run(next(runs.glob(f'{m}-*'))).frame('ranks') for m in ('mmrec_wb.preference.losses.dpo', 'dpo'))
+    assert (own['log_odds'] - ours['log_odds']).abs().max() < 1e-6
+    assert ours['log_odds'].to_list() != ours['p_yes_sft'].to_list()
+
 NONSENSE = {
     'unknown data set': (dict(dataset='toyz'), 'did you mean toys'),
     'files missing': (dict(source='raw', data_dir='/nonexistent/place'), 'reviews_Toys_and_Games_5.json.gz'),
@@ -116,3 +125,26 @@ def test_no_picture_at_all(tmp_path):
     how = dict(out_dir=tmp_path, epochs=1, batch_size=16)
     run = train_preference(data, train_sft(data, **how), **how)
     assert run.info['modalities'] == ['text'] and run.frame('items')['thumbnail'].null_count() == run.frame('items').height
+
+def test_a_pretrained_backbone_is_tuned_through_lora_only(tmp_path):
+    "Any local folder of an image-text-to-text model: two adapters, base weights untouched, and the recorded model answers as the evaluated one did."
+    from mmrec_wb.data import load_dataset
+    from mmrec_wb.data.features import add_features
+    from mmrec_wb.mllm.backbones import load_backbone
+    from mmrec_wb.mllm.prompts import yes_no_examples
+    from mmrec_wb.mllm.scoring import score_yes_no
+    from mmrec_wb.training.hanorec import train_preference, train_sft
+    data = add_features(load_dataset('toys', source='planted', planted_users=40, planted_items=60), progress=False)
+    model, processor = load_backbone('tiny', data.catalogue['title'].to_list(), seed=3)
+    model.save_pretrained(tmp_path/'base'); processor.save_pretrained(tmp_path/'base')
+    before = (tmp_path/'base'/'model.safetensors').read_bytes()
+    how = dict(out_dir=tmp_path/'runs', epochs=1, batch_size=16, backbone=str(tmp_path/'base'), hardness_from='backbone', lr=1e-3, preference_lr=1e-3)
+    sft = train_sft(data, **how); run = train_preference(data, sft, **how)
+    assert (tmp_path/'base'/'model.safetensors').read_bytes() == before
+    assert not list(tmp_path.glob('runs/*/model')) and (run.path/'adapter_sft').exists() and (run.path/'adapter').exists()
+    test = yes_no_examples(data, 'test', 0)
+    base = score_yes_no(model, processor, data, test, progress=False)['log_odds']
+    for r in (sft, run):
+        again = score_yes_no(*load_run(r.path).model(), data, test, progress=False)['log_odds']
+        assert (again - r.frame('ranks')['log_odds']).abs().max() < 1e-4
+        assert (again - base).abs().max() > 1e-3; base = again
