@@ -65,8 +65,7 @@ class Run:
     @property
     def title(self) -> str:
         "Method, data set with its source, seed: what every figure's title says."
-        source = ' (planted)' if self.info['source'] == 'planted' else ''
-        return f"{self.info['method']} on {self.info['dataset']}{source}, seed {self.info['seed']}"
+        return f"{self.info['method']} on {self.info['dataset']} ({self.info['source']}), seed {self.info['seed']}"
 
 # %% ../../nbs/core/record.ipynb #95c700a4
 @patch

@@ -42,7 +42,7 @@ def encode_text(
     "MiniLM vectors: the mean of the last states over the tokens (at most 128)."
     tokenizer, model = _minilm()
     out, order = np.zeros((len(texts), 384), np.float32), sorted((i for i, t in enumerate(texts) if t), key=lambda i: len(texts[i])) # alike lengths together
-    for b in tqdm(range(0, len(order), batch_size), desc='encoding text', disable=not progress, mininterval=2):
+    for b in tqdm(range(0, len(order), batch_size), desc='encoding text', disable=not progress, mininterval=10):
         some = order[b:b + batch_size]
         x = tokenizer([texts[i] for i in some], padding=True, truncation=True, max_length=128, return_tensors='pt')
         h, mask = model(**x).last_hidden_state, x['attention_mask'][..., None]
@@ -74,7 +74,7 @@ def encode_images(
     def flush():
         if some: out[list(some)] = net.extract_features(torch.stack(list(some.values()))).mean((2, 3)).numpy(); present[list(some)] = True
         some.clear()
-    for i, im in enumerate(tqdm(images, total=n, desc='encoding images', disable=not progress, mininterval=2)):
+    for i, im in enumerate(tqdm(images, total=n, desc='encoding images', disable=not progress, mininterval=10)):
         if im is not None: some[i] = _pixels(im)
         if len(some) == batch_size: flush()
     flush(); return out, present

@@ -22,7 +22,7 @@ def score_yes_no(
     model.eval()
     yes, no = (collate.ids[label][0] for label in (1, 0))
     rows, order = [None]*examples.height, examples.select(n=pl.col('history').list.len()).with_row_index().sort('n', maintain_order=True)['index'].to_list()
-    for b in tqdm(range(0, len(order), batch_size), desc='scoring', disable=not progress, mininterval=2):
+    for b in tqdm(range(0, len(order), batch_size), desc='scoring', disable=not progress, mininterval=10):
         some = order[b:b + batch_size]
         x = {k: v.to(device) for k, v in collate(examples[some].to_dicts()).items()}
         last = x['attention_mask'].sum(1) - 1

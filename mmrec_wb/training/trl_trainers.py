@@ -39,7 +39,7 @@ def as_dataset(
 class Recorder(TrainerCallback):
     "One progress bar with the live loss; every number goes to `log(step, **values)`, and `flush()` is called just before each checkpoint: what is behind a checkpoint is never missing."
     def __init__(self, title, log, flush, names): self.title, self.log, self.flush, self.names, self.extra = title, log, flush, names, {}
-    def on_train_begin(self, args, state, control, **k): self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, mininterval=2)
+    def on_train_begin(self, args, state, control, **k): self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, mininterval=10)
     def on_log(self, args, state, control, logs=None, **k):
         values = {n: logs[n] for n in self.names if n in logs}
         if values: self.log(state.global_step, **values); self.bar.set_postfix({n: f'{v:.3f}' for n, v in values.items() if n in ('loss', 'accuracy')}, refresh=False)
