@@ -148,3 +148,14 @@ def test_a_pretrained_backbone_is_tuned_through_lora_only(tmp_path):
         again = score_yes_no(*load_run(r.path).model(), data, test, progress=False)['log_odds']
         assert (again - r.frame('ranks')['log_odds']).abs().max() < 1e-4
         assert (again - base).abs().max() > 1e-3; base = again
+
+@pytest.mark.real
+@pytest.mark.parametrize('dataset, images', [('ml-100k', True), ('toys', False)])
+def test_real_data(tmp_path, dataset, images):
+    "Real posters, and real reviews without any picture: whole runs that say they are raw."
+    p, out, runs = papermill(tmp_path, timeout=800, dataset=dataset, source='raw', max_users=40, epochs=1, batch_size=16)
+    assert p.returncode == 0, p.stderr[-3000:]
+    run = load_run(next(runs.glob('hanorec-*')))
+    assert run.finished and run.info['source'] == 'raw' and ('image' in run.info['modalities']) == images
+    assert len(figures(out)) >= 5 and f'{dataset} (raw)' in out.read_text() and '(planted)' not in out.read_text()
+    assert (run.frame('items')['thumbnail'].null_count() == 0 or not images)
