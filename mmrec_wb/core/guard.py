@@ -13,7 +13,7 @@ from .errors import WorkbenchError, unknown
 def _fits(value, kind):
     "Is `value` of an annotated type? A whole number is a float too; a truth value is no number."
     if isinstance(kind, types.UnionType): return any(_fits(value, k) for k in typing.get_args(kind))
-    if kind is float: return type(value) in (int, float) and value == value
+    if kind is float: return type(value) in (int, float) and value - value == 0      # neither nan nor inf
     return value is None if kind in (None, type(None)) else type(value) is kind
 
 def _check(name, value, rule):
@@ -37,6 +37,7 @@ def guard(
         if plain and name not in declared and not name.startswith(('_', 'PAPERMILL_')) and name not in ('In', 'Out'): raise unknown('parameter', name, declared)
     for name, kind in declared.items():
         value = namespace[name]
-        if not _fits(value, kind): raise WorkbenchError(f'parameter {name}={value!r} is {type(value).__name__}, but {getattr(kind, "__name__", kind)} is needed: -p {name} ...')
+        need = 'a finite number' if kind is float else getattr(kind, '__name__', kind)
+        if not _fits(value, kind): raise WorkbenchError(f'parameter {name}={value!r} is {type(value).__name__}, but {need} is needed: -p {name} ...')
         if name in rules: _check(name, value, rules[name])
     return {name: namespace[name] for name in declared}

@@ -8,15 +8,17 @@ __all__ = ['trainer_args', 'as_dataset', 'Recorder', 'quiet', 'TuningTrainer', '
 # %% ../../nbs/training/trl_trainers.ipynb #88c0119f
 import contextlib
 import torch
+from fastcore.basics import patch
 from datasets import Dataset as HFDataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from ..core.seeds import rng
 from ..data.encoders import quiet_transformers
 from ..preference.hardness import adaptive_beta, responsiveness
 from ..preference.losses import gaps, get_loss
-from ..preference.noise import lora_noise
+from ..preference.noise import lora_noise, noisy_logits
 
 # %% ../../nbs/training/trl_trainers.ipynb #a4c97c8f
 def trainer_args(
@@ -38,8 +40,8 @@ def as_dataset(
 
 class Recorder(TrainerCallback):
     "One progress bar with the live loss; every number goes to `log(step, **values)`, and `flush()` is called just before each checkpoint: what is behind a checkpoint is never missing."
-    def __init__(self, title, log, flush, names): self.title, self.log, self.flush, self.names, self.extra = title, log, flush, names, {}
-    def on_train_begin(self, args, state, control, **k): self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, mininterval=10)
+    def __init__(self, title, log, flush, names): self.title, self.log, self.flush, self.names = title, log, flush, names
+    def on_train_begin(self, args, state, control, **k): self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, mininterval=10, disable=not state.is_world_process_zero)
     def on_log(self, args, state, control, logs=None, **k):
         values = {n: logs[n] for n in self.names if n in logs}
         if values: self.log(state.global_step, **values); self.bar.set_postfix({n: f'{v:.3f}' for n, v in values.items() if n in ('loss', 'accuracy')}, refresh=False)
@@ -63,29 +65,73 @@ class TuningTrainer(SFTTrainer):
 
 # %% ../../nbs/training/trl_trainers.ipynb #bed0ad6d
 class PreferenceTrainer(DPOTrainer):
-    "DPO with a loss by name ('dpo', 'hanorec', 'package.module:function'), beta per example and noise on the LoRA weights (HaNoRec Eq. 7, 8, 11, 12)."
-    def __init__(self, *args, loss='dpo', beta=.1, noise=0., adaptive=False, **kwargs):
+    "DPO with a loss by name ('dpo', 'hanorec', 'package.module:function'), beta per example and noise on the policy (HaNoRec Eq. 7, 8, 11, 12)."
+    def __init__(self, *args, loss='dpo', beta=.1, adaptive=False, eta_over='micro_batch', noise=0., noise_on='lora', label_smoothing=0., **kwargs):
         super().__init__(*args, **kwargs)
-        self.loss, self.beta_0, self.noise, self.adaptive = get_loss(loss), beta, noise, adaptive
+        self.loss, self.beta_0, self.adaptive, self.eta_over, self.noise, self.noise_on = get_loss(loss), beta, adaptive, eta_over, noise, noise_on
+        self.extra, self._ahead, self._step_gaps = dict(eps=label_smoothing) if label_smoothing else {}, [], None
 
-    def log_probs(self, model, inputs):
-        "Summed log-probabilities of the answers, [B, 2]: chosen, rejected."
-        x = {k: v for k, v in inputs.items() if k not in ('completion_mask', 'weight')}
-        labels = x['input_ids'].masked_fill(inputs['completion_mask'] == 0, -100)
-        return torch.stack(model(**x, labels=labels, fused_lm_head=True, use_cache=False).log_probs.sum(1).chunk(2), 1)
+    def log_probs(self, model, inputs, sigma=0.):
+        "Summed log-probabilities of the answers, [B, 2]: chosen, rejected; `sigma`: noise on the logits."
+        x = {k: v for k, v in inputs.items() if k not in ('completion_mask', 'weight')} | dict(use_cache=False)
+        answer = inputs['completion_mask'].bool()
+        if not sigma: return torch.stack(model(**x, labels=x['input_ids'].masked_fill(~answer, -100), fused_lm_head=True).log_probs.sum(1).chunk(2), 1)
+        columns = answer.any(0).nonzero()[:, 0]                      # where some row has a token of its answer; each is predicted one position before
+        tokens, answer = x['input_ids'][:, columns], answer[:, columns]
+        z = noisy_logits(model(**x, logits_to_keep=columns - 1).logits, answer, sigma)
+        per_token = z.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        return torch.stack((per_token*answer).sum(1).chunk(2), 1)
 
-    def _compute_loss(self, model, inputs, return_outputs):
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs), unwrapped.disable_adapter(): reference = self.log_probs(model, inputs)
-        with lora_noise(unwrapped, self.noise) if self.noise and model.training else contextlib.nullcontext(): policy = self.log_probs(model, inputs)
-        delta = gaps(policy, reference)
-        beta = adaptive_beta(delta, inputs['weight'].to(delta), self.beta_0) if self.adaptive else self.beta_0
-        loss = self.loss(policy, reference, beta=beta).mean()
-        with torch.no_grad(): self._remember(model, delta, torch.as_tensor(beta, dtype=delta.dtype, device=delta.device).expand(delta.shape) if not torch.is_tensor(beta) else beta)
-        return (loss, None) if return_outputs else loss
+    def reference_log_probs(self, model, inputs):
+        "[B, 2], of the policy without its LoRA."
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, self.accelerator.unwrap_model(self.model).disable_adapter(): return self.log_probs(model, inputs)
 
-    def _remember(self, model, delta, beta):
-        "The numbers of this micro-batch; TRL averages them until the next log."
-        m, values = self._metrics['train' if model.training else 'eval'], dict(margin=(beta.reshape(delta.shape)*delta).mean(), accuracy=(delta > 0).float().mean(), gap=delta.mean(),
-            beta_mean=beta.mean(), beta_min=beta.min(), beta_max=beta.max(), **(dict(responsiveness=responsiveness(self.beta_0*delta)) if self.adaptive else {}))
-        for name, value in values.items(): m[name].append(float(value))
+    def policy_log_probs(self, model, inputs, seed=None):
+        "[B, 2], with the noise of training; `seed` fixes the draws of noise and dropout."
+        devices = [self.args.device] if self.args.device.type == 'cuda' else []
+        with torch.random.fork_rng(devices) if seed is not None else contextlib.nullcontext():
+            if seed is not None: torch.manual_seed(seed)
+            if not (self.noise and model.training): return self.log_probs(model, inputs)
+            if self.noise_on == 'logits': return self.log_probs(model, inputs, self.noise)
+            with lora_noise(self.accelerator.unwrap_model(self.model), self.noise): return self.log_probs(model, inputs)
+
+# %% ../../nbs/training/trl_trainers.ipynb #5fbd6dc8
+@patch
+def get_batch_samples(self: PreferenceTrainer, epoch_iterator, num_batches, device):
+    "The micro-batches of one optimiser step; for eta_over='step' their gaps are computed here, without gradient."
+    samples, n = super(PreferenceTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
+    if self.adaptive and self.eta_over == 'step':
+        self.model.train(); found = []
+        seeds = rng(self.args.seed, 'a step ahead', self.state.global_step, self.accelerator.process_index).integers(2**31, size=len(samples)).tolist() # not the global generator: a resumed run restores that one later
+        for x, seed in zip(map(self._prepare_inputs, samples), seeds):
+            reference = self.reference_log_probs(self.model, x)
+            with torch.no_grad(): found.append(self.accelerator.gather(gaps(self.policy_log_probs(self.model, x, seed), reference)))
+            self._ahead.append((seed, reference))
+        self._step_gaps = torch.cat(found) if found else None
+    return samples, n
+
+@patch
+def _compute_loss(self: PreferenceTrainer, model, inputs, return_outputs):
+    seed, reference = self._ahead.pop(0) if self._ahead else (None, self.reference_log_probs(model, inputs))
+    policy = self.policy_log_probs(model, inputs, seed)
+    delta = gaps(policy, reference)
+    over = self.accelerator.gather(delta.detach()) if seed is None else self._step_gaps
+    beta = adaptive_beta(delta, inputs['weight'].to(delta), self.beta_0, over=over) if self.adaptive else self.beta_0
+    loss = self.loss(policy, reference, beta=beta, **self.extra).mean()
+    self._remember(model, inputs, delta.detach(), beta, reference, over)
+    return (loss, None) if return_outputs else loss
+
+@patch
+@torch.no_grad()
+def _remember(self: PreferenceTrainer, model, inputs, delta, beta, reference, over):
+    "The numbers of this global micro-batch; TRL averages them until the next log. Every tenth step also the margin of the policy as it is without noise and dropout."
+    m, gather = self._metrics['train' if model.training else 'eval'], self.accelerator.gather
+    clean = self.noise and model.training and self.state.global_step % 10 == 0
+    delta, all_beta = gather(delta), gather(torch.as_tensor(beta).to(delta).expand(delta.shape).contiguous())
+    values = dict(margin=(all_beta*delta).mean(), accuracy=(delta > 0).float().mean(), gap=delta.mean(), beta_mean=all_beta.mean(), beta_min=all_beta.min(), beta_max=all_beta.max())
+    if self.adaptive: values['responsiveness'] = responsiveness(self.beta_0*over)
+    if clean:
+        model.eval(); delta = gather(gaps(self.log_probs(model, inputs), reference)); model.train()
+        values |= dict(margin_clean=(all_beta*delta).mean(), accuracy_clean=(delta > 0).float().mean())
+    for name, value in values.items(): m[name].append(float(value))
