@@ -13,7 +13,7 @@ def one(start, seed):
     from mmrec_wb.data import load_dataset
     from mmrec_wb.data.features import add_features
     from mmrec_wb.mllm import backbones
-    from mmrec_wb.mllm.prompts import yes_no_examples
+    from mmrec_wb.mllm.tasks import yes_no_examples
     from mmrec_wb.mllm.scoring import score_yes_no
     from mmrec_wb.training.hanorec import train_sft
     from mmrec_wb.training.metrics import auc
@@ -21,7 +21,7 @@ def one(start, seed):
     data = load_dataset('toys', source='planted', max_users=800); valid = yes_no_examples(data, 'valid', seed)
     add_features(data, progress=False)
     with tempfile.TemporaryDirectory() as d:
-        run = train_sft(data, out_dir=d, seed=seed, epochs=5)
+        run = train_sft(data, out_dir=d, seed=seed, pair_seed=seed, epochs=5)
         steps = int(run.frame('metrics').filter(split='sft')['step'].max())
         return dict(dataset='toys (planted)', users=800, start='comparing' if start else 'usual', seed=seed, steps=steps, valid_auc=auc(score_yes_no(*run.model(), data, valid, progress=False)['log_odds'].to_numpy(), valid['label'].to_numpy()))
 

@@ -69,6 +69,8 @@ NONSENSE = {
     'no backbone': (dict(backbone='tests'), 'is no model'),
     'unknown loss': (dict(loss='dpoo'), 'did you mean dpo'),
     'no such function': (dict(loss='math:nothing'), 'nothing'),
+    'unknown task': (dict(task='top5'), 'did you mean top3'),
+    'unknown noise': (dict(noise_on='weights'), 'known: logits, lora'),
 }
 
 @pytest.mark.parametrize('what', NONSENSE)
@@ -87,7 +89,7 @@ from mmrec_wb.data import load_dataset
 from mmrec_wb.data.features import add_features
 from mmrec_wb.training.hanorec import train_preference, train_sft
 data = add_features(load_dataset('toys', source='planted', planted_users=120, planted_items=80), progress=False)
-how = dict(out_dir=sys.argv[1], epochs=2, preference_epochs=2, batch_size=16)
+how = dict(out_dir=sys.argv[1], epochs=2, preference_epochs=2, batch_size=8, accumulation=2, eta_over='step') # draws ahead: the hardest case
 print(train_preference(data, train_sft(data, **how), **how).path)
 '''
 
@@ -117,6 +119,27 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
             if a[c].dtype == pl.Float64: assert (a[c] - b[c]).abs().max() < 1e-6, (frame, c)
             else: assert a[c].equals(b[c]), (frame, c)
 
+def test_defaults_are_the_notebooks():
+    "What `train_sft(data)` does is what the notebook does untouched."
+    from papermill import inspect_notebook
+    from mmrec_wb.training.hanorec import DEFAULTS
+    from mmrec_wb.training.launch import parameter
+    shown = {k: parameter(v['default'].strip("'")) for k, v in inspect_notebook(str(ROOT/'nbs'/'train_hanorec.ipynb')).items()}
+    assert {k: shown.get(k) for k in DEFAULTS if k != 'notebook'} == {k: v for k, v in DEFAULTS.items() if k != 'notebook'}
+
+@pytest.mark.parametrize('task, k, n', [('top3', 3, 7), ('pick_one', 1, 5)])
+def test_list_tasks(tmp_path, task, k, n):
+    "Whole runs through papermill; chance stands beside the model."
+    p, out, runs = papermill(tmp_path, **{**SMALL, 'max_users': 60}, task=task, candidates=5, loss='hanorec', noise_on='logits', label_smoothing=.1)
+    assert p.returncode == 0, p.stderr[-3000:]
+    run = load_run(next(runs.glob('hanorec-*')))
+    m = dict(run.frame('metrics').filter(split='test').select('name', 'value').iter_rows())
+    assert abs(m[f'HR@{k}/uniform'] - k/n) < 1e-12 and {f'HR@{k}/{who}' for who in ('model', 'sft', 'popularity', 'random', 'oracle')} <= set(m)
+    assert {f'HR@{k} written/model', f'NDCG@{k}/model', 'valid_ratio/model'} <= set(m) and 0 <= m['valid_ratio/model'] <= 1
+    ranks = run.frame('ranks')
+    assert ranks['rank'].is_between(1, n).all() and ranks.height == (6 if task == 'top3' else 60) and len(figures(out)) >= 5
+    assert abs((ranks['rank'] <= k).mean() - m[f'HR@{k}/model']) < 1e-12
+
 def test_no_picture_at_all(tmp_path):
     from mmrec_wb.data import load_dataset
     from mmrec_wb.data.features import add_features
@@ -131,7 +154,7 @@ def test_a_pretrained_backbone_is_tuned_through_lora_only(tmp_path):
     from mmrec_wb.data import load_dataset
     from mmrec_wb.data.features import add_features
     from mmrec_wb.mllm.backbones import load_backbone
-    from mmrec_wb.mllm.prompts import yes_no_examples
+    from mmrec_wb.mllm.tasks import examples
     from mmrec_wb.mllm.scoring import score_yes_no
     from mmrec_wb.training.hanorec import train_preference, train_sft
     data = add_features(load_dataset('toys', source='planted', planted_users=40, planted_items=60), progress=False)
@@ -142,7 +165,7 @@ def test_a_pretrained_backbone_is_tuned_through_lora_only(tmp_path):
     sft = train_sft(data, **how); run = train_preference(data, sft, **how)
     assert (tmp_path/'base'/'model.safetensors').read_bytes() == before
     assert not list(tmp_path.glob('runs/*/model')) and (run.path/'adapter_sft').exists() and (run.path/'adapter').exists()
-    test = yes_no_examples(data, 'test', 0)
+    test = examples(data, 'yes_no', 'test', 2025)
     base = score_yes_no(model, processor, data, test, progress=False)['log_odds']
     for r in (sft, run):
         again = score_yes_no(*load_run(r.path).model(), data, test, progress=False)['log_odds']

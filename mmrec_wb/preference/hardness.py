@@ -86,10 +86,12 @@ def adaptive_beta(
     gaps: torch.Tensor,   # Delta [B, K] of the policy as trained (with its noise)
     weight: torch.Tensor, # lambda [B] or [B, K]
     beta: float,          # beta_0
-    floor: float=1e-6
+    floor: float=1e-6,
+    over: torch.Tensor|None=None # the gaps that eta is computed from; default: these ones
 ) -> torch.Tensor: # beta_n [B, K], without gradient
     "One beta per pair, HaNoRec Eq. 7, 8 and 11."
     if weight.shape not in (gaps.shape, gaps.shape[:1]):
         raise WorkbenchError(f'weight {tuple(weight.shape)} fits no gaps {tuple(gaps.shape)}: one per example [B] or one per pair [B, K]')
     weight = weight[:, None] if weight.ndim < gaps.ndim else weight
-    return (beta*responsiveness(beta*gaps)*weight.to(gaps)).expand(gaps.shape).clamp(min=floor)
+    eta = responsiveness(beta*(gaps if over is None else over))
+    return (beta*eta*weight.to(gaps)).expand(gaps.shape).clamp(min=floor)

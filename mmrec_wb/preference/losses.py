@@ -45,10 +45,12 @@ def dpo(
 # %% ../../nbs/preference/losses.ipynb #60d8dede
 def hanorec(
     policy, reference, *,
-    beta # [B] or [B, K], from `hardness.adaptive_beta`
+    beta,         # [B] or [B, K], from `hardness.adaptive_beta`
+    eps: float=0. # label smoothing, 0 to 1/2
 ) -> torch.Tensor: # [B]
-    "HaNoRec Eq. 12 (authors' code): DPO with one beta per pair."
-    return dpo(policy, reference, beta=beta)
+    "HaNoRec Eq. 12 (authors' code): DPO with one beta per pair, and label smoothing."
+    z = _per_pair(beta, delta := gaps(policy, reference))*delta
+    return ((1 - eps)*F.softplus(-z) + eps*F.softplus(z)).mean(1)
 
 LOSSES = dict(dpo=dpo, hanorec=hanorec)
 

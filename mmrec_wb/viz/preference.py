@@ -205,7 +205,7 @@ def _smoothed(fig, rows, name, colour, axes, legend='legend'):
     if window > 1: _line(fig, got.with_columns(pl.Series(name, mean)), name, f'mean of {window} points', colour, axes, line=dict(color=colour, width=2.5), mode='lines', legend=legend)
 
 def margin_curves(
-    metrics: pl.DataFrame, # step, split, name, value; of the split 'preference' margin and accuracy
+    metrics: pl.DataFrame, # step, split, name, value; of the split 'preference' margin and accuracy; margin_clean and accuracy_clean where noise was on
     title: str=''          # e.g. run.title
 ) -> go.Figure:
     "Whether the policy learned to prefer the chosen answers."
@@ -215,7 +215,9 @@ def margin_curves(
     for name, colour, axes, legend, line, text in (('margin', BLUE, ('x', 'y'), 'legend', 0, 'no<br>preference'), ('accuracy', GREEN, ('x', 'y2'), 'legend2', .5, 'coin flip')):
         if not rows[name].count(): _absent(fig, name, axes[1]); continue
         _smoothed(fig, rows, name, colour, axes, legend); _reference(fig, line, text, axes)
-        fig.update_layout({f'yaxis{axes[1][1:]}': dict(range=_range(rows[name].drop_nulls(), refs=[line]))})
+        clean = metrics.filter(pl.col('split') == 'preference', pl.col('name') == f'{name}_clean').sort('step')
+        if clean.height: fig.add_scatter(x=clean['step'], y=clean['value'], xaxis=axes[0], yaxis=axes[1], mode='markers', name='without noise', legend=legend, marker=dict(color=INK, size=6, symbol='x-thin-open'))
+        fig.update_layout({f'yaxis{axes[1][1:]}': dict(range=_range(pl.concat([rows[name].drop_nulls(), clean['value']]), refs=[line]))})
     return fig
 
 # %% ../../nbs/viz/preference.ipynb #39cd3e58

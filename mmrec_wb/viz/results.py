@@ -12,7 +12,7 @@ from .theme import BLUE, GREY, INK, PALE, SKY, escape, figure, need, note, short
 
 # %% ../../nbs/viz/results.ipynb #b24a6eb2
 METRICS = dict(auc='AUC', auc_hard='AUC, hard answers', valid_ratio='valid answers')
-SCORERS = dict(model='trained model', sft='after SFT only', popularity='popularity', random='random', oracle='oracle (ceiling)')
+SCORERS = dict(uniform='uniform ranking', model='trained model', sft='after SFT only', popularity='popularity', random='random', oracle='oracle (ceiling)')
 
 def test_scores(
     metrics: pl.DataFrame # step, split, name, value; the split 'test' with names such as 'auc/model'
@@ -23,7 +23,7 @@ def test_scores(
     rows = rows.with_columns(pl.col('name').str.splitn('/', 2).struct.rename_fields(['metric', 'scorer'])).unnest('name')
     rows = rows.with_columns(pl.when(pl.col('value').is_finite()).then('value').alias('value'))
     have = rows['metric'].unique().to_list()
-    order = [m for m in METRICS if m in have] + sorted(set(have) - set(METRICS))
+    order = [m for m in ('auc', 'auc_hard', *sorted(set(have) - set(METRICS)), 'valid_ratio') if m in have]
     wide = rows.group_by('scorer', 'metric').agg(pl.col('value').drop_nulls().last()).pivot(on='metric', index='scorer', values='value').select('scorer', *order)
     return wide.sort(pl.col('scorer') == 'oracle', order[0], 'scorer', descending=[False, True, False], nulls_last=True)
 
@@ -38,19 +38,20 @@ def _cells(
     best = max(rivals, key=float) if len(rivals) > 1 else None
     return ['–' if s is None else f'<b>{s}</b>' if r and s == best else s for s, r in zip(shown, rival)]
 
-def _draw_dots(fig, scores, names):
-    "The AUC of every scorer; a line from the coin flip to the dot."
-    rows = [(i, s, v, n) for i, (s, v, n) in enumerate(zip(scores['scorer'], scores['auc'], names)) if v is not None]
-    for i, s, v, _ in rows: fig.add_shape(type='line', xref='x2', yref='y', x0=.5, x1=v, y0=i, y1=i, line=dict(color='#B5B5B5', width=2), layer='below')
+def _draw_dots(fig, scores, lead, names):
+    "The first metric of every scorer; a line from chance to the dot."
+    rows = [(i, s, v, n) for i, (s, v, n) in enumerate(zip(scores['scorer'], scores[lead], names)) if v is not None]
+    chance, said = (.5, 'coin flip') if lead == 'auc' else next(((v, 'uniform') for _, s, v, _ in rows if s == 'uniform'), (0., '0'))
+    for i, s, v, _ in rows: fig.add_shape(type='line', xref='x2', yref='y', x0=chance, x1=v, y0=i, y1=i, line=dict(color='#B5B5B5', width=2), layer='below')
     colour = dict(model=BLUE, sft=SKY, oracle='white')
-    fig.add_scatter(x=[v for _, _, v, _ in rows], y=[i for i, *_ in rows], xaxis='x2', mode='markers', name='AUC, drawn', customdata=[n for *_, n in rows], hovertemplate='%{customdata}: AUC %{x:.4f}<extra></extra>',
+    fig.add_scatter(x=[v for _, _, v, _ in rows], y=[i for i, *_ in rows], xaxis='x2', mode='markers', name=f'{METRICS.get(lead, lead)}, drawn', customdata=[n for *_, n in rows], hovertemplate=f'%{{customdata}}: {METRICS.get(lead, lead)} %{{x:.4f}}<extra></extra>',
         marker=dict(size=13, color=[colour.get(s, '#8A8A8A') for _, s, *_ in rows], symbol=['diamond' if s == 'oracle' else 'circle' for _, s, *_ in rows],
                     line=dict(width=1.5, color=[INK if s == 'oracle' else 'white' for _, s, *_ in rows])))
     ceiling = [v for _, s, v, _ in rows if s == 'oracle']
-    for at, text in [(.5, 'coin flip')] + [(v, 'ceiling') for v in ceiling]:
+    for at, text in [(chance, said)] + [(v, 'ceiling') for v in ceiling]:
         fig.add_shape(type='line', xref='x2', yref='y domain', x0=at, x1=at, y0=0, y1=1, line=dict(color=INK, width=1, dash='dash'), layer='below')
         note(fig, text, at, 1, 'center bottom', xref='x2', yref='y domain', yshift=3, font=dict(size=11))
-    low, high = min([.5] + [v for *_, v, _ in rows]), max([.5] + [v for *_, v, _ in rows]); room = max((high - low)*.1, .02)
+    low, high = min([chance] + [v for *_, v, _ in rows]), max([.5] + [v for *_, v, _ in rows]); room = max((high - low)*.1, .02)
     fig.update_layout(xaxis2_range=[low - room, high + room])
 
 # %% ../../nbs/viz/results.ipynb #bf71231c
@@ -59,16 +60,16 @@ def result_table(
     title: str='',         # e.g. run.title
     names: dict|None=None  # other names for scorers, e.g. dict(model='HaNoRec')
 ) -> go.Figure:
-    "Scorers and metrics as a table, the AUC also as dots."
-    scores = test_scores(metrics); shown, row = scores.columns[1:], 38
+    "Scorers and metrics as a table, the first metric also as dots."
+    scores = test_scores(metrics); shown, row = scores.columns[1:], 38; lead = shown[0]
     label = [shorten((SCORERS | (names or {})).get(s, s), 22) for s in scores['scorer']]
-    dots = 'auc' in shown and scores['auc'].count() > 0
+    dots = scores[lead].count() > 0
     right = (.6 if len(shown) < 5 else .74) if dots else 1
     high = row*len(scores); first = .2 if dots else .3
     at = [first + (right - first)*(k + .9)/len(shown) for k in range(len(shown))]     # right ends of the columns
     fig = figure('Results on the test users', title, height=high + 112 + 52, margin=dict(l=24, r=32, t=112, b=52), showlegend=False,
         xaxis=dict(domain=[0, right], range=[0, right], visible=False, fixedrange=True), yaxis=dict(range=[len(scores) - .5, -.5], visible=False, fixedrange=True),
-        xaxis2=dict(domain=[right + .06 if dots else 0, 1], anchor='y', title_text='AUC', nticks=6, showgrid=False, tickformat='.2~f', visible=dots))
+        xaxis2=dict(domain=[right + .06 if dots else 0, 1], anchor='y', title_text=METRICS.get(lead, lead), nticks=6, showgrid=False, tickformat='.2~f', visible=dots))
     for i in range(len(scores) + 1): fig.add_shape(type='line', xref='paper', yref='y', x0=0, x1=right, y0=i - .5, y1=i - .5, line=dict(color=INK if i == 0 else PALE, width=1), layer='below')
     fig.add_scatter(x=[.005]*len(label), y=list(range(len(label))), text=label, mode='text', textposition='middle right', name='scorer', hoverinfo='skip')
     for m, x in zip(shown, at):
@@ -76,5 +77,5 @@ def result_table(
         fig.add_scatter(x=[x]*len(label), y=list(range(len(label))), text=_cells(values, [s != 'oracle' for s in scores['scorer']]), mode='text', textposition='middle left', name=escape(METRICS.get(m, m)),
                         customdata=values, hoverinfo='skip')
         note(fig, f'<b>{wrap(METRICS.get(m, m.replace("_", " ")), 10, 3)}</b>', x, -.5, 'right bottom', xref='x', yref='y', yshift=3, font=dict(size=11))
-    if dots: _draw_dots(fig, scores, label)
+    if dots: _draw_dots(fig, scores, lead, label)
     return fig
