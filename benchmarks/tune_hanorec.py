@@ -5,6 +5,7 @@
 import os; os.environ.setdefault('OMP_NUM_THREADS', '1')
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 import polars as pl
 from mmrec_wb.core.paths import atomic_write, project_root
 
@@ -35,7 +36,7 @@ def best(path=FILE) -> dict: # loss -> the settings of its best trial
 
 if __name__ == '__main__':
     one(None)
-    with ProcessPoolExecutor(2) as pool: table = pl.DataFrame(list(pool.map(one, TRIALS)))
+    with ProcessPoolExecutor(2, get_context('spawn')) as pool:             # polars does not survive a fork table = pl.DataFrame(list(pool.map(one, TRIALS)))
     atomic_write(FILE, lambda tmp: table.write_csv(tmp, float_precision=5))
     with pl.Config(tbl_rows=-1, tbl_cols=-1): print(table.drop('dataset', 'run', 'commit'))
     print(best())

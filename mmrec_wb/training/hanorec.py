@@ -9,7 +9,7 @@ __all__ = ['SFT_SETTINGS', 'HANOREC_SETTINGS', 'PREFERENCE_SETTINGS', 'DEFAULTS'
            'pair_hardness', 'train_preference']
 
 # %% ../../nbs/training/hanorec.ipynb #e7d1f626
-import contextlib, io, json, shutil
+import contextlib, hashlib, io, json, shutil
 from collections import Counter
 from pathlib import Path
 import numpy as np, polars as pl, torch
@@ -17,6 +17,7 @@ from ..core.errors import WorkbenchError, unknown
 from ..core.record import Run, open_run
 from ..core.seeds import rng
 from ..data import card
+from ..data.encoders import ENCODERS
 from ..mllm.backbones import backbone_vectors, load_backbone, lora_config
 from ..mllm.prompts import Collator
 from ..mllm.scoring import generate_answers, score_candidates, score_yes_no
@@ -25,13 +26,18 @@ from ..preference.hardness import delta, item_vectors, weight
 from .metrics import auc, auc_hard, hit, ndcg, places, recall, uniform, valid_ratio
 
 # %% ../../nbs/training/hanorec.ipynb #f6583294
-SFT_SETTINGS = ('backbone', 'task', 'seed', 'pair_seed', 'epochs', 'batch_size', 'accumulation', 'lr', 'history', 'examples_per_user', 'candidates', 'decoding', 'lora_rank', 'lora_alpha', 'lora_dropout')
+SFT_SETTINGS = ('backbone', 'task', 'seed', 'pair_seed', 'epochs', 'batch_size', 'accumulation', 'lr', 'history', 'examples_per_user', 'candidates',
+    'decoding', 'lora_rank', 'lora_alpha', 'lora_dropout')
 HANOREC_SETTINGS = ('noise', 'noise_on', 'hard_temp', 'neighbours', 'hardness_from', 'eta_over', 'label_smoothing') # without meaning for other losses
 PREFERENCE_SETTINGS = ('loss', 'preference_epochs', 'preference_lr', 'beta', *HANOREC_SETTINGS)
-DEFAULTS = dict(backbone='tiny', task='yes_no', seed=0, pair_seed=2025, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, examples_per_user=5, candidates=10, decoding='greedy',
-    lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', preference_epochs=1, preference_lr=1e-4, beta=.1, noise=.05, noise_on='lora', hard_temp=.05, neighbours=10, hardness_from='encoders',
-    eta_over='micro_batch', label_smoothing=0., device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
-PROTOCOLS = dict(yes_no='yes/no, leave-one-out, one uniform negative', top3='3 true next items of 7 candidates, users split 80/10/10', pick_one='one true next item among uniform candidates, leave-one-out')
+DEFAULTS = dict(backbone='tiny', task='yes_no', seed=0, pair_seed=2025, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, examples_per_user=5,
+    candidates=10, decoding='greedy', lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', preference_epochs=1, preference_lr=1e-4, beta=.1, noise=.05,
+    noise_on='lora', hard_temp=.05, neighbours=10, hardness_from='encoders', eta_over='micro_batch', label_smoothing=0.,
+    text_encoder=ENCODERS['text'], image_encoder=ENCODERS['image'],
+    device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
+PROTOCOLS = dict(yes_no='yes/no, leave-one-out, one uniform negative',
+    top3='3 true next items of 7 candidates, users split 80/10/10',
+    pick_one='one true next item among uniform candidates, leave-one-out')
 
 def settled(settings: dict) -> dict: # every setting
     "Settings with the defaults; what has no part in the task or loss is None, so that it cannot tell two equal runs apart."
@@ -84,9 +90,9 @@ def scores_to_beat(
     s: dict              # settings
 ) -> dict: # popularity, random and, on planted data, oracle: per example one score for each of its items
     "What needs no training, on the same examples."
-    if s['task'] == 'top3': counts = np.bincount(np.concatenate([data.sequence(u)[0] for u in questions(data, 'train', s)['user']]), minlength=data.n_items + 1) # of training users: a test user's own items must not count
-    else: counts = data.counts()
-    g = rng(s['seed'], 'random scorer')
+    counts, g = data.counts(), rng(s['seed'], 'random scorer')
+    if s['task'] == 'top3':                                   # of the training users: a test user's own items must not count
+        counts = np.bincount(np.concatenate([data.sequence(u)[0] for u in questions(data, 'train', s)['user']]), minlength=data.n_items + 1)
     scores = dict(popularity=[counts[i].astype(float) for i in items], random=[g.random(len(i)) for i in items])
     if not data.truth: return scores
     from mmrec_wb.data.planted import Oracle
@@ -109,7 +115,7 @@ def evaluate_yes_no(data, model, processor, asked, s, sft=None) -> tuple: # fram
     return ranks, values
 
 def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame, metrics
-    "HR@k, NDCG@k of the most recent true item (the authors') and recall@k of all true items among the candidates, k = how many are asked for; by likelihood and as written."
+    "HR@k, NDCG@k of the most recent true item (the authors'), recall@k of all true items; k = how many are asked for; by likelihood and as written."
     k, n = len(asked['positive'][0]), len(asked['candidates'][0])
     found = score_candidates(model, processor, data, asked, s['batch_size'])
     written = generate_answers(model, processor, data, asked, decoding=s['decoding'], seed=s['seed'], batch_size=s['batch_size'])
@@ -122,6 +128,7 @@ def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame
         columns[who] = (f'rank_{who}', f'ranks_{who}')
         frame = frame.with_columns(pl.Series(f'ranks_{who}', all_ranks), pl.Series(f'rank_{who}', [r[0] for r in all_ranks]))  # positive[0] is the target
     values = {f'HR@{k}/uniform': uniform(hit, k, n), f'NDCG@{k}/uniform': uniform(ndcg, k, n)}
+    if k > 1: values |= {f'recall@{k}/uniform': k/n}
     for who, (one, several) in columns.items():
         for tag in ('', ' written'):
             if (c := one.replace('rank', 'rank_written') if tag else one) not in frame.columns: continue
@@ -132,7 +139,7 @@ def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame
     return frame, values
 
 def write_evaluation(run, data, model, processor, s, sft=None):
-    "Score the valid and the test examples; write the metrics of both and the ranks of the test. `sft`: the SFT run's ranks, for comparison on the same examples."
+    "Score the valid and the test examples; write the metrics of both and the ranks of the test. `sft`: the SFT run's ranks, on the same examples."
     evaluate = evaluate_yes_no if s['task'] == 'yes_no' else evaluate_lists
     for split in ('valid', 'test'):
         try: asked = questions(data, split, s)
@@ -176,17 +183,18 @@ def _arguments(run, s, n, epochs, lr, **more):
     size, (_, world) = min(s['batch_size'], n), processes()
     if size % world: raise WorkbenchError(f"batch_size={size} cannot be shared by {world} processes: give a multiple of {world}")
     total = max(1, epochs*(n//(s['batch_size']*s['accumulation']) or 1))
-    return run.path/'checkpoint', max(1, total//10), dict(num_train_epochs=epochs, per_device_train_batch_size=size//world, gradient_accumulation_steps=s['accumulation'], learning_rate=lr,
-        lr_scheduler_type='cosine', seed=s['seed'], report_to=s['report_to'], device=s['device'], **more)
+    return run.path/'checkpoint', max(1, total//10), dict(num_train_epochs=epochs, per_device_train_batch_size=size//world,
+        gradient_accumulation_steps=s['accumulation'], learning_rate=lr, lr_scheduler_type='cosine', seed=s['seed'], report_to=s['report_to'], device=s['device'], **more)
 
 # %% ../../nbs/training/hanorec.ipynb #86ac2b17
 @contextlib.contextmanager
 def _open(method, data, s, params):
     "The run of these parameters."
     rank, world = processes()
+    facts = dict(notebook=s['notebook'], max_users=s['max_users'], planted_seed=s['planted_seed'] if data.source == 'planted' else None,
+        protocol=PROTOCOLS[s['task']], modalities=sorted(data.features), encoders=[s['text_encoder'], s['image_encoder']], processes=world, loader='mmrec_wb.training.hanorec:load_model')
     if rank: together()
-    with open_run(method, data.name, s['seed'], params, data.fingerprint, data.source, s['out_dir'], s['resume'], writer=rank == 0, notebook=s['notebook'], max_users=s['max_users'],
-            planted_seed=s['planted_seed'] if data.source == 'planted' else None, protocol=PROTOCOLS[s['task']], modalities=sorted(data.features), processes=world, loader='mmrec_wb.training.hanorec:load_model') as run:
+    with open_run(method, data.name, s['seed'], params, data.fingerprint, data.source, s['out_dir'], s['resume'], writer=rank == 0, **facts) as run:
         if rank == 0: together()
         yield run
 
@@ -226,8 +234,9 @@ def train_sft(
         model, processor = load_backbone(s['backbone'], data.catalogue['title'].to_list(), s['seed'])
         warmup = min(50, train.height*s['epochs']//s['batch_size']//10) if whole else 0
         where, every, args = _arguments(run, s, train.height, s['epochs'], s['lr'], warmup_steps=warmup, ddp_find_unused_parameters=whole)
-        trainer = TuningTrainer(model, args=trainer_args(SFTConfig, where, every, **args), train_dataset=as_dataset(train.to_dicts()), processing_class=processor,
-            data_collator=Collator(data, processor, 'right'), peft_config=None if whole else lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']))
+        trainer = TuningTrainer(model, args=trainer_args(SFTConfig, where, every, **args), train_dataset=as_dataset(train.to_dicts()),
+            processing_class=processor, data_collator=Collator(data, processor, 'right'),
+            peft_config=None if whole else lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']))
         model = fit(trainer, run, 'sft', ('loss', 'learning_rate', 'mean_token_accuracy'), 'SFT')
         if not whole:
             if processes()[0] == 0: model.save_pretrained(run.path/'adapter')
@@ -247,6 +256,12 @@ def pair_hardness(
     ids = dict(chosen_item=pl.Series(chosen[:, 0], dtype=pl.Int32), rejected_item=pl.Series(rejected[:, 0], dtype=pl.Int32))
     return train.select(pair=pl.int_range(pl.len()), user='user').with_columns(**ids, delta=pl.Series(d), weight=pl.Series(weight(d)))
 
+def _digest(features):
+    "Eight digits for the vectors that hardness is measured with: they change the result, whatever they were called."
+    h = hashlib.sha256()
+    for m, f in sorted(features.items()): h.update(m.encode()); h.update(np.ascontiguousarray(f.values).data); h.update(f.present.tobytes())
+    return h.hexdigest()[:8]
+
 def _shown(data, hard, asked):
     "Thumbnails for the pairs at both ends and the first test items."
     ends = hard.sort('delta').select('chosen_item', 'rejected_item').unique(maintain_order=True)
@@ -261,7 +276,8 @@ def train_preference(
 ) -> Run:
     "Stage 2: a new LoRA on the frozen result of SFT, trained with a preference loss. A finished run of the same settings is reloaded."
     s = settled(settings); train, test = (questions(data, split, s) for split in ('train', 'test'))
-    with _open(s['loss'].replace(':', '.'), data, s, dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS})) as run:
+    params = dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS}, vectors=_digest(data.features) if s['hardness_from'] == 'encoders' else None)
+    with _open(s['loss'].replace(':', '.'), data, s, params) as run:
         if run.finished: return run
         from trl import DPOConfig
         from mmrec_wb.training.trl_trainers import PreferenceTrainer, as_dataset, trainer_args
@@ -270,7 +286,8 @@ def train_preference(
         run.save('explain/hardness', hard); run.save('items', _shown(data, hard, test))
         rows = train.with_columns(weight=hard['weight']).to_dicts()
         where, every, args = _arguments(run, s, len(rows), s['preference_epochs'], s['preference_lr'], dataloader_drop_last=len(rows) > s['batch_size'])
-        trainer = PreferenceTrainer(model, args=trainer_args(DPOConfig, where, every, beta=s['beta'], **args), train_dataset=as_dataset(rows), processing_class=processor, data_collator=Collator(data, processor, 'pair'),
+        trainer = PreferenceTrainer(model, args=trainer_args(DPOConfig, where, every, beta=s['beta'], **args), train_dataset=as_dataset(rows),
+            processing_class=processor, data_collator=Collator(data, processor, 'pair'),
             peft_config=lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']), loss=s['loss'], beta=s['beta'], adaptive=s['loss'] == 'hanorec',
             **{k: s[k] for k in ('noise', 'noise_on', 'eta_over', 'label_smoothing') if s[k] is not None})
         policy = fit(trainer, run, 'preference', CURVES, s['loss'])

@@ -29,8 +29,8 @@ def trainer_args(
 ):
     "Training arguments with the workbench's defaults."
     cpu = more.pop('device', 'cpu') == 'cpu'
-    return config(output_dir=str(output_dir), save_strategy='steps', save_steps=steps_per_save, save_total_limit=1, logging_steps=1, disable_tqdm=True, bf16=False, gradient_checkpointing=False,
-        max_length=None, remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=cpu, **more)
+    return config(output_dir=str(output_dir), save_strategy='steps', save_steps=steps_per_save, save_total_limit=1, logging_steps=1, disable_tqdm=True,
+        bf16=False, gradient_checkpointing=False, max_length=None, remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=cpu, **more)
 
 def as_dataset(
     examples: list # dicts
@@ -39,12 +39,14 @@ def as_dataset(
     return HFDataset.from_list([{**e, 'images': 'by the collator'} for e in examples])
 
 class Recorder(TrainerCallback):
-    "One progress bar with the live loss; every number goes to `log(step, **values)`, and `flush()` is called just before each checkpoint: what is behind a checkpoint is never missing."
+    "One progress bar with the live loss; every number goes to `log(step, **values)`, and `flush()` is called just before each checkpoint."
     def __init__(self, title, log, flush, names): self.title, self.log, self.flush, self.names = title, log, flush, names
-    def on_train_begin(self, args, state, control, **k): self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, mininterval=10, disable=not state.is_world_process_zero)
+    def on_train_begin(self, args, state, control, **k):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, mininterval=10, disable=not state.is_world_process_zero)
     def on_log(self, args, state, control, logs=None, **k):
         values = {n: logs[n] for n in self.names if n in logs}
-        if values: self.log(state.global_step, **values); self.bar.set_postfix({n: f'{v:.3f}' for n, v in values.items() if n in ('loss', 'accuracy')}, refresh=False)
+        if values: self.log(state.global_step, **values)
+        self.bar.set_postfix({n: f'{values[n]:.3f}' for n in ('loss', 'accuracy') if n in values}, refresh=False)
         if control.should_save: self.flush()
     def on_step_end(self, args, state, control, **k): self.bar.update(state.global_step - self.bar.n)
     def on_train_end(self, args, state, control, **k): self.bar.close()
@@ -52,7 +54,8 @@ class Recorder(TrainerCallback):
 def quiet(trainer):
     "Without transformers' own progress tables."
     quiet_transformers()
-    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ('PrinterCallback', 'ProgressCallback', 'NotebookProgressCallback')]: trainer.remove_callback(callback)
+    tables = ('PrinterCallback', 'ProgressCallback', 'NotebookProgressCallback')
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in tables]: trainer.remove_callback(callback)
     return trainer
 
 # %% ../../nbs/training/trl_trainers.ipynb #9fa63de8
@@ -103,7 +106,8 @@ def get_batch_samples(self: PreferenceTrainer, epoch_iterator, num_batches, devi
     samples, n = super(PreferenceTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
     if self.adaptive and self.eta_over == 'step':
         self.model.train(); found = []
-        seeds = rng(self.args.seed, 'a step ahead', self.state.global_step, self.accelerator.process_index).integers(2**31, size=len(samples)).tolist() # not the global generator: a resumed run restores that one later
+        g = rng(self.args.seed, 'a step ahead', self.state.global_step, self.accelerator.process_index) # the global generator is restored too late on resuming
+        seeds = g.integers(2**31, size=len(samples)).tolist()
         for x, seed in zip(map(self._prepare_inputs, samples), seeds):
             reference = self.reference_log_probs(self.model, x)
             with torch.no_grad(): found.append(self.accelerator.gather(gaps(self.policy_log_probs(self.model, x, seed), reference)))
@@ -125,11 +129,12 @@ def _compute_loss(self: PreferenceTrainer, model, inputs, return_outputs):
 @patch
 @torch.no_grad()
 def _remember(self: PreferenceTrainer, model, inputs, delta, beta, reference, over):
-    "The numbers of this global micro-batch; TRL averages them until the next log. Every tenth step also the margin of the policy as it is without noise and dropout."
+    "The numbers of this global micro-batch; TRL averages them until the next log. Every tenth step also those of the policy without noise and dropout."
     m, gather = self._metrics['train' if model.training else 'eval'], self.accelerator.gather
-    clean = self.noise and model.training and self.state.global_step % 10 == 0
+    clean = self.noise and model.training and self.state.global_step and self.state.global_step % 10 == 0 # at the start it is the reference
     delta, all_beta = gather(delta), gather(torch.as_tensor(beta).to(delta).expand(delta.shape).contiguous())
-    values = dict(margin=(all_beta*delta).mean(), accuracy=(delta > 0).float().mean(), gap=delta.mean(), beta_mean=all_beta.mean(), beta_min=all_beta.min(), beta_max=all_beta.max())
+    values = dict(margin=(all_beta*delta).mean(), accuracy=(delta > 0).float().mean(), gap=delta.mean(),
+                  beta_mean=all_beta.mean(), beta_min=all_beta.min(), beta_max=all_beta.max())
     if self.adaptive: values['responsiveness'] = responsiveness(self.beta_0*over)
     if clean:
         model.eval(); delta = gather(gaps(self.log_probs(model, inputs), reference)); model.train()
