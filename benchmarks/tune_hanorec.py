@@ -36,7 +36,7 @@ def best(path=FILE) -> dict: # loss -> the settings of its best trial
 
 if __name__ == '__main__':
     one(None)
-    with ProcessPoolExecutor(2, get_context('spawn')) as pool:             # polars does not survive a fork table = pl.DataFrame(list(pool.map(one, TRIALS)))
+    with ProcessPoolExecutor(2, get_context('spawn')) as pool: table = pl.DataFrame(list(pool.map(one, TRIALS))) # spawn: polars does not survive a fork
     atomic_write(FILE, lambda tmp: table.write_csv(tmp, float_precision=5))
     with pl.Config(tbl_rows=-1, tbl_cols=-1): print(table.drop('dataset', 'run', 'commit'))
     print(best())

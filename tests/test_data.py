@@ -6,9 +6,11 @@ from PIL import Image
 from mmrec_wb.core.errors import WorkbenchError
 from mmrec_wb.data import card, load_dataset
 from mmrec_wb.data.amazon import read_meta, read_reviews
-from mmrec_wb.data.clean import core, in_order, sequences
+from mmrec_wb.data.clean import core, in_order, leave_one_out, popular, sequences, some_users
 from mmrec_wb.data.files import open_picture, picture_files, read_log
 from mmrec_wb.data.movielens import GENRES
+from mmrec_wb.data.recbole import write_recbole
+from mmrec_wb.data.tables import read_interactions, read_items, read_tables
 
 GOOD = '{"reviewerID": "A1", "asin": "B1", "unixReviewTime": 1379289600}'
 
@@ -79,6 +81,12 @@ def test_a_failure_of_polars_is_survived(tmp_path):
     log = reviews(tmp_path/'x', 'u i 1')
     assert read_log(log, fast, lambda t: (*t.split()[:2], int(t.split()[2]))).rows() == [('u', 'i', 1)]
 
+def test_the_slow_way_reads_what_the_fast_way_reads(tmp_path):
+    rows = [dict(reviewerID=f'A{u}', asin=f'B{i}', unixReviewTime=86400*(i % 5)) for u in range(30) for i in range(u % 7, 20)]
+    random.Random(0).shuffle(rows); fast = read_reviews(reviews(tmp_path/'a', *map(json.dumps, rows)))
+    rows[-1]['unixReviewTime'] = str(rows[-1]['unixReviewTime']); slow = read_reviews(reviews(tmp_path/'b', *map(json.dumps, rows)))
+    assert slow.equals(fast) and slow.schema == fast.schema and fast['user'].dtype == pl.Enum
+
 # ---- meta ----
 def test_meta_fields_of_any_type(tmp_path):
     rows = ["{'asin': 'B0', 'title': None, 'categories': None, 'description': None}", '{"asin": "B1", "title": NaN, "categories": NaN}',
@@ -104,6 +112,11 @@ def test_a_bad_meta_line_is_named_and_never_run(tmp_path, monkeypatch, line, sai
     monkeypatch.chdir(tmp_path); (tmp_path/'m').write_text("{'asin': 'B1'}\n" + line + '\n')
     message = error(read_meta, tmp_path/'m', {'B1'}); assert f'{tmp_path}/m:2: ' in message and said in message
     assert not (tmp_path/'PWNED').exists()
+
+def test_a_meta_file_that_is_cut_off(tmp_path):
+    shop(tmp_path); meta = tmp_path/'meta_Toys_and_Games.json'; packed = gzip.compress(meta.read_bytes() + os.urandom(9999).hex().encode()); meta.unlink()
+    (tmp_path/'meta_Toys_and_Games.json.gz').write_bytes(packed[:-4000]); before = sorted(tmp_path.iterdir())
+    assert 'the gz file is cut off or damaged' in error(load_dataset, 'toys', data_dir=tmp_path) and sorted(tmp_path.iterdir()) == before
 
 def test_reviewed_items_without_meta_stay(tmp_path):
     shop(tmp_path, meta=[dict(asin='B0', title='only')]); data = load_dataset('toys', data_dir=tmp_path)
@@ -139,6 +152,13 @@ def test_damaged_and_giant_pictures_are_missing_ones(tmp_path):
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16'])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     name = f'{tmp_path}/a.' + ('jpg' if mode == 'CMYK' else 'png'); Image.new(mode, (5, 4)).save(name); assert open_picture(name).mode == 'RGB'
+
+def test_what_a_picture_is_tells_its_content_not_its_name(tmp_path):
+    folder = shop(tmp_path); (folder/'images').mkdir(); Image.new('RGB', (5, 4), 'red').save(folder/'images'/'B1.jpg', 'PNG')
+    Image.new('L', (5, 4), 128).save(folder/'images'/'B2.jpg'); Image.new('CMYK', (5, 4)).save(folder/'images'/'B3.jpg')
+    data = load_dataset('toys', data_dir=folder); ids = {r: i for i, r in enumerate(data.catalogue['raw_id'])}
+    assert data.image(ids['B1']).getpixel((0, 0)) == (255, 0, 0) and data.image(ids['B2']).getpixel((0, 0)) == (128, 128, 128)
+    assert data.image(ids['B3']).getpixel((0, 0)) == (255, 255, 255) and not data.image_problems      # no ink is white
 
 def test_the_first_suffix_wins(tmp_path):
     for n in ('a.png', 'a.JPG', 'b.webp', '.jpg', 'c.txt', 'd.tar.png'): (tmp_path/n).touch()
@@ -191,6 +211,109 @@ def test_a_bad_rating_is_named(tmp_path, line, said):
     films(tmp_path); (tmp_path/'u.data').write_text(f'1\t2\t3\t4\n{line}\n'); message = error(load_dataset, 'ml-100k', data_dir=tmp_path)
     assert f'{tmp_path}/u.data:2: ' in message and said in message
 
+# ---- the other MovieLens layouts ----
+def other_films(folder, layout):
+    "Three users, four films, one of them without an entry; the folder is made."
+    folder.mkdir(parents=True, exist_ok=True); rows = [(u, i, 3.5 if layout == 'csv' else 3, 100*i) for u in (1, 2, 10) for i in (1, 2, 3, 10)]
+    if layout == '1m':
+        (folder/'ratings.dat').write_text(''.join('::'.join(map(str, r)) + '\n' for r in rows))
+        (folder/'movies.dat').write_text(''.join(f'{i}::Él {i}, The (1994)::War|Drama\n' for i in (1, 2, 10)), encoding='latin-1')
+    else:
+        (folder/'ratings.csv').write_text('userId,movieId,rating,timestamp\r\n' + ''.join(','.join(map(str, r)) + '\r\n' for r in rows))
+        films = ''.join(f'{i},"Él {i}, The (1994)",{"War|Drama" if i < 10 else "(no genres listed)"}\n' for i in (1, 2, 10))
+        (folder/'movies.csv').write_text('movieId,title,genres\n' + films, encoding='utf-8')
+    return folder
+
+@pytest.mark.parametrize('name, layout', [('ml-1m', '1m'), ('ml-latest-small', 'csv')])
+def test_other_movielens_with_and_without_posters(tmp_path, name, layout):
+    bare = load_dataset(name, data_dir=other_films(tmp_path, layout)); assert (bare.n_users, bare.n_items, len(bare.items)) == (3, 4, 12)
+    assert bare.catalogue['raw_id'].to_list() == ['', '1', '2', '3', '10']
+    assert bare.catalogue['title'].to_list() == ['', 'Él 1, The (1994)', 'Él 2, The (1994)', '', 'Él 10, The (1994)']
+    assert bare.catalogue['text'][1] == 'Él 1, The (1994). War, Drama'
+    assert bare.catalogue['category'].to_list() == ['', 'War', 'War', 'unknown', 'War' if layout == '1m' else 'unknown']
+    (tmp_path/'posters').mkdir(); Image.new('RGB', (4, 6), 'red').save(tmp_path/'posters'/'10.jpg')
+    data = load_dataset(name, data_dir=tmp_path); assert data.image(4).size == (4, 6) and data.image(1) is None and data.fingerprint != bare.fingerprint
+    for f in [*tmp_path.glob('*.dat'), *tmp_path.glob('*.csv')]: f.with_name(f.name + '.gz').write_bytes(gzip.compress(f.read_bytes())); f.unlink()
+    assert load_dataset(name, data_dir=tmp_path).fingerprint == data.fingerprint
+
+@pytest.mark.parametrize('name, layout, file, line, said', [
+    ('ml-1m', '1m', 'ratings.dat', '1::2::3', '3 fields'),
+    ('ml-1m', '1m', 'ratings.dat', '1:2:3:4', '1 fields'),
+    ('ml-1m', '1m', 'ratings.dat', '1::x::3::4', 'no number'),
+    ('ml-1m', '1m', 'ratings.dat', '1:9:2::3::4', '3 fields'),
+    ('ml-1m', '1m', 'ratings.dat', '1::2::3::-4', 'negative'),
+    ('ml-1m', '1m', 'movies.dat', '7::Go', '2 fields'),
+    ('ml-1m', '1m', 'movies.dat', 'x::Go::War', 'no number'),
+    ('ml-latest-small', 'csv', 'ratings.csv', '1,2,3', '3 fields instead of 4'), ('ml-latest-small', 'csv', 'ratings.csv', '1,tt2,3,4', 'no number'),
+    ('ml-latest-small', 'csv', 'ratings.csv', '1,2,3.5,soon', 'no time'),
+    ('ml-latest-small', 'csv', 'movies.csv', '7,Go, the game,War', '4 fields instead of 3')])
+def test_a_bad_line_of_other_movielens_is_named(tmp_path, name, layout, file, line, said):
+    other_films(tmp_path, layout); path = tmp_path/file; end = len(path.read_bytes().splitlines()) + 1
+    with open(path, 'a', newline='') as f: f.write(line + '\n')
+    message = error(load_dataset, name, data_dir=tmp_path); assert f'{path}:{end}: ' in message and said in message
+
+# ---- a data set of your own ----
+MINE = {'interactions.csv': 'user,item,timestamp\n' + ''.join(f'u{u},i{i},{100*i}\n' for u in range(4) for i in range(5)),
+        'items.csv': 'item,title,category\n' + ''.join(f'i{i},item {i},c\n' for i in range(5))}
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    "A registry with a set of one's own, and its folder."
+    (tmp_path/'data').mkdir(); folder = tmp_path/'mine'; folder.mkdir()
+    entry = '[mine]\ntitle = "Our shop"\nformat = "csv"\nfiles = { interactions = "interactions.csv", items = "items.csv" }\nwhere = "the till"\n'
+    (tmp_path/'data'/'datasets.toml').write_text(entry); monkeypatch.setattr('mmrec_wb.data.project_root', lambda: tmp_path)
+    for name, text in MINE.items(): (folder/name).write_text(text)
+    return folder
+
+def test_five_lines_make_a_data_set(mine):
+    (mine/'images').mkdir(); Image.new('RGB', (4, 4), 'red').save(mine/'images'/'i2.jpg'); Image.new('RGB', (4, 4)).save(mine/'images'/'i9.jpg')
+    data = load_dataset('mine', data_dir=mine.parent); assert (data.n_users, data.n_items, data.title) == (4, 5, 'mine')
+    assert data.catalogue['text'][1] == 'item 0. c' and data.image(3).size == (4, 4) and data.image(1) is None
+    order = {'interactions.csv': 'stars,timestamp,item,user\n' + ''.join(f'5,{100*i},i{i},"u{u}"\n' for i in range(5) for u in range(4)),
+             'items.csv': '\ufeffcategory,title,item\r\n' + ''.join(f'c,"item\n{i}",i{i}\r\n' for i in range(6))}
+    for name, text in order.items(): (mine/name).write_bytes(gzip.compress(text.encode()))    # columns, rows, quotes, line ends, packing: the same data
+    assert load_dataset('mine', data_dir=mine.parent).fingerprint == data.fingerprint
+
+@pytest.mark.parametrize('file, text, line, said', [
+    ('interactions.csv', 'user;item;timestamp\nu;i1;1\n', 1, 'the first line must name user, item, timestamp'),
+    ('interactions.csv', 'u0,i0,100\n', 1, "no column 'user'"),
+    ('interactions.csv', '', 1, "no column 'user'"), ('interactions.csv', 'user,item,timestamp,user\n', 1, "two columns 'user'"),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\nu,i2\n', 3, '2 fields instead of 3'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\nu,i2,2,9\n', 3, '4 fields instead of 3'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\nu,i2,2014-05-01\n', 3, 'no time'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\nu,i2,\n', 3, 'no time'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\nu,i2,1400000000000\n', 3, 'milliseconds'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\n,i2,2\n', 3, 'no id'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\n"u,i2,2\nu,i3,3\n', 3, 'no csv'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\nu,"i2"x,2\n', 3, 'no csv'),
+    ('interactions.csv', 'user,item,timestamp\nu,i1,1\nu,nowhere,2\nv,nowhere,2\n', 3, "'nowhere' is not in"),
+    ('interactions.csv', b'user,item,timestamp\n\xff,i1,1\n', 2, 'no utf-8'),
+    ('items.csv', 'id,title\n', 1, "no column 'item'"),
+    ('items.csv', 'item,title\ni0,a\ni0,b\n', 3, 'second time'),
+    ('items.csv', 'item,title\ni0,a\n,b\n', 3, 'no id'),
+    ('items.csv', 'item,title\ni0,a,b\n', 2, '3 fields instead of 2')])
+def test_a_bad_line_of_your_own_is_named(mine, file, text, line, said):
+    (mine/file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = error(load_dataset, 'mine', data_dir=mine.parent); assert f'{mine/file}:{line}: ' in message and said in message and len(message) < 400
+    assert sorted(p.name for p in mine.iterdir()) == ['interactions.csv', 'items.csv']
+
+def test_a_csv_that_is_cut_off(mine):
+    (mine/'interactions.csv.gz').write_bytes(gzip.compress(os.urandom(9999).hex().encode())[:-4000]); (mine/'interactions.csv').unlink()
+    assert 'cut off or damaged' in error(load_dataset, 'mine', data_dir=mine.parent)
+
+# ---- RecBole ----
+def test_recbole_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    data = load_dataset('toys', data_dir=shop(tmp_path/'shop')); folder = write_recbole(data, tmp_path/'dataset'/'toys')
+    assert (folder/'toys.inter').read_text().splitlines()[:2] == ['user_id:token\titem_id:token\ttimestamp:float', 'A1\tB1\t0']
+    assert (folder/'toys.item').read_text().splitlines()[:2] == ['item_id:token\ttitle:token_seq\tcategory:token', 'B0\titem 0\tunknown']
+    before = (folder/'toys.inter').read_bytes()
+    assert 'is there already' in error(write_recbole, data, folder) and (folder/'toys.inter').read_bytes() == before
+    def breaks(*a, **k): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(pl.DataFrame, 'write_csv', breaks); assert 'No space left' in error(write_recbole, data, tmp_path/'full'/'toys')
+    assert not (tmp_path/'full'/'toys').exists() and not list((tmp_path/'full').glob('*.tmp'))
+    data.users[0] = 'A\t1'; assert 'cannot be written for RecBole' in error(write_recbole, data, tmp_path/'other') and not (tmp_path/'other').exists()
+    (tmp_path/'file').touch(); data.users[0] = 'A1'; error(write_recbole, data, tmp_path/'file'/'toys')
+
 # ---- cleaning ----
 LOGS = st.lists(st.tuples(st.sampled_from('pqrst'), st.sampled_from(['2', '10', 'a', 'b', 'é', 'z']), st.integers(0, 4)), min_size=1, max_size=40)
 frame = lambda rows: pl.DataFrame(rows, schema=['user', 'item', 'timestamp'], orient='row')
@@ -212,6 +335,46 @@ def test_cleaning_is_what_a_plain_program_does(rows, random, k_user, k_item):
         s = sequences(kept); assert s.offsets[-1] == len(want) == len(s.items) and s.items.min() == 1 and s.items.max() == len(s.raw_items)
         assert [(s.users[u], int(s.times[n]), s.raw_items[int(s.items[n]) - 1]) for u in range(len(s.users)) for n in range(s.offsets[u],
                 s.offsets[u + 1])] == want
+
+@settings(max_examples=60, deadline=None)
+@given(LOGS, st.randoms(use_true_random=False), st.integers(3, 4), st.integers(1, 3), st.booleans())
+def test_no_history_knows_the_future(rows, random, k_user, k_item, numbers):
+    log = frame(rows)
+    if numbers: log = log.with_columns(pl.col('item').replace_strict({k: n for n, k in enumerate('z a 2 b 10 é'.split())}, return_dtype=pl.Int64))
+    kept = core(in_order(log), k_user, k_item)
+    if kept.is_empty(): return
+    s = sequences(kept); raw = s.raw_items.to_list(); train, valid, test = (leave_one_out(n, s.offsets, s.items, s.times) for n in ('train', 'valid', 'test'))
+    assert sorted(set(s.items.tolist())) == list(range(1, len(raw) + 1)) and raw == sorted(raw) and s.users == sorted(s.users)       # dense, from 1, in order
+    assert np.diff(s.offsets).min() >= k_user and np.bincount(s.items)[1:].min() >= k_item                                       # the core holds
+    for part in (valid, test):
+        for u in range(len(part)):
+            history = list(zip(*(x.tolist() for x in part.history(u)))); target = (int(part.target_times[u]), raw[part.targets[u] - 1])
+            assert history and all((t, raw[i - 1]) < target for i, t in history) and part.targets[u] not in [i for i, _ in history]
+    for u in range(len(train)):
+        assert not {int(valid.targets[u]), int(test.targets[u])} & set(train.history(u)[0].tolist()) and int(valid.targets[u]) in test.history(u)[0]
+    order = list(range(log.height)); random.shuffle(order); again = sequences(core(in_order(log[order]), k_user, k_item))
+    assert again.users == s.users and again.raw_items.equals(s.raw_items)
+    assert all(np.array_equal(getattr(again, a), getattr(s, a)) for a in ('offsets', 'items', 'times'))
+
+@settings(max_examples=30, deadline=None)
+@given(LOGS, st.integers(1, 7))
+def test_ids_as_enum_change_nothing(rows, n):
+    log = frame(rows); coded = log.with_columns(pl.col(c).cast(pl.Enum(log[c].unique().sort())) for c in ('user', 'item'))
+    for f in (in_order, lambda l: core(in_order(l), 2, 2), lambda l: some_users(in_order(l), n)): assert f(coded).rows() == f(log).rows()
+    assert popular(coded, n).cast(pl.String).equals(popular(log, n))
+    a, b = sequences(in_order(coded)), sequences(in_order(log))
+    assert a.users == b.users and a.raw_items.equals(b.raw_items) and (a.items == b.items).all() and (a.offsets == b.offsets).all()
+
+def test_the_most_popular_items(tmp_path):
+    rows = [('u', 'x', 1), ('u', 'x', 2), ('u', 'y', 3), ('v', 'y', 1), ('v', 'z', 2)]
+    assert popular(frame(rows), 2).to_list() == ['y', 'x'] and popular(frame(rows[::-1]), 2).to_list() == ['y', 'z']   # of equals the one named first
+    data = load_dataset('toys', data_dir=shop(tmp_path), top_items=5); assert data.n_items == 5 and data.dropped['items'] == 2
+    assert load_dataset('toys1k', data_dir=tmp_path).dropped['items'] == 0                          # its files are those of toys
+    assert load_dataset('toys1k', data_dir=tmp_path, top_items=5).fingerprint == data.fingerprint
+    assert 'nothing is left' in error(load_dataset, 'toys1k', data_dir=tmp_path, top_items=4)         # min_length is 5 there
+    assert 'no planted stand-in' in error(load_dataset, 'toys1k', source='planted')
+    assert 'not found' in error(load_dataset, 'toys1k', data_dir=tmp_path/'nowhere')
+    assert 'too small' in error(load_dataset, 'toys', data_dir=tmp_path, top_items=-1) and load_dataset('toys', data_dir=tmp_path, top_items=0).n_items == 7
 
 def test_every_interaction_is_in_exactly_one_part(tmp_path):
     data = load_dataset('toys', data_dir=shop(tmp_path, users=4, items=5))

@@ -5,6 +5,7 @@ import numpy as np, polars as pl, pytest
 from mmrec_wb.core.paths import resolve
 from mmrec_wb.data import card, load_dataset
 from mmrec_wb.data.amazon import read_amazon
+from mmrec_wb.data.recbole import write_recbole
 
 DATA = os.environ.get('MMREC_DATA')
 pytestmark = [pytest.mark.real, pytest.mark.skipif(not DATA, reason='MMREC_DATA names no folder with the real files (see data/README.md)')]
@@ -18,6 +19,21 @@ def test_toys():
     facts = card(data); assert dict(facts['counts'].rows())['same_time_pairs'] == pytest.approx(.47, abs=.01)
     assert facts['coverage'].rows() == [('text', 11_924, 11_924, 1.), ('image', 0, 11_924, 0.)] and data.image(1) is None and not data.image_problems
     assert shape(load_dataset('toys', source='raw', k_core=5)) == shape(data)          # it is a 5-core already
+
+def test_toys1k():
+    data = load_dataset('toys1k', source='raw'); assert shape(data) == (2_888, 997, 25_406)
+    assert np.diff(data.offsets).min() == 5 and np.bincount(data.items)[1:].min() >= 2
+    assert shape(load_dataset('toys1k', source='raw', k_core=0)) == (2_889, 998, 25_411)  # one item is left with one review; its user then has four
+
+@pytest.mark.parametrize('name', ['toys1k', 'ml-100k'])
+def test_recbole_sees_the_same_targets(tmp_path, name):
+    "As RecBole does it: float32 times, a stable sort by them, then by user."
+    data = load_dataset(name, source='raw'); folder = write_recbole(data, tmp_path/name)
+    inter = pl.read_csv(folder/f'{name}.inter', separator='\t', schema_overrides={c: pl.String for c in ('user_id:token', 'item_id:token')})
+    assert inter.height == len(data.items) and np.spacing(inter['timestamp:float'].to_numpy().astype(np.float32).max()) > 1           # what float32 forgets
+    inter = inter[np.argsort(inter['timestamp:float'].to_numpy().astype(np.float32), kind='stable')]
+    seen = dict(inter.group_by('user_id:token').agg('item_id:token').iter_rows()); raw = data.catalogue['raw_id'].to_numpy()
+    assert all(seen[user] == raw[data.sequence(u)[0]].tolist() and seen[user][-1] == raw[data.test.targets[u]] for u, user in enumerate(data.users))
 
 def test_toys_in_part():
     few, more = (load_dataset('toys', source='raw', max_users=n) for n in (100, 300))

@@ -9,6 +9,7 @@ __all__ = ['READERS', 'OPTIONS', 'LEAST', 'WORD', 'Feature', 'Dataset', 'registr
 # %% ../../nbs/data/dataset.ipynb #eacc61b5
 import hashlib, json, os, tomllib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 import numpy as np, polars as pl
 from fastcore.basics import patch
@@ -16,9 +17,10 @@ from PIL import Image
 from ..core.errors import WorkbenchError, unknown
 from ..core.paths import project_root, resolve
 from .amazon import read_amazon
-from .clean import Split, core, in_order, leave_one_out, sequences, some_users
+from .clean import Split, core, in_order, leave_one_out, popular, sequences, some_users
 from .files import open_picture, picture_bytes
 from .movielens import read_movielens
+from .tables import read_tables
 
 # %% ../../nbs/data/dataset.ipynb #88496428
 @dataclass
@@ -72,27 +74,37 @@ def image(self: Dataset,
     item: int # id
 ) -> Image.Image|None: # RGB; None where there is none, or none that can be shown
     "An item's picture."
+    if not isinstance(item, (int, np.integer)) or not 0 <= item <= self.n_items:
+        raise WorkbenchError(f'{self.title} has no item {item!r}: ids are whole numbers from 1 to {self.n_items}')
     path, offset, size = self.catalogue.select('image', 'image_offset', 'image_size').row(int(item))
     if path is None or item in self.image_problems: return None
     try: return open_picture(path, offset, size)
     except Exception as e: self.image_problems[int(item)] = f'{type(e).__name__}: {e}'
 
 # %% ../../nbs/data/dataset.ipynb #bca74dcd
-READERS = {'amazon-2014': lambda f: read_amazon(f['reviews'], f['meta']),
-           'movielens-100k': lambda f: read_movielens(f['ratings'], f['films'])}
+READERS = {'amazon-2014': (read_amazon, ('reviews', 'meta')), 'csv': (read_tables, ('interactions', 'items')),
+           'movielens-100k': (read_movielens, ('ratings', 'films')), 'movielens-1m': (partial(read_movielens, layout='1m'), ('ratings', 'films')),
+           'movielens-csv': (partial(read_movielens, layout='csv'), ('ratings', 'films'))} # format -> reader, its files
 
 def registry(
     path: str|Path|None=None # default: data/datasets.toml of this checkout
-) -> dict: # name -> title, format, files, where, licence, planted
+) -> dict: # name -> title, format, files, where, licence, planted, derived
     "The data sets that have a name."
     path = Path(path or project_root()/'data'/'datasets.toml')
     try: known = tomllib.loads(path.read_text(encoding='utf-8'))
     except OSError as e: raise WorkbenchError(f'{path} cannot be read ({e.strerror}); install from a clone: pip install -e .') from None
     except ValueError as e: raise WorkbenchError(f'{path} is no TOML ({e}); mend it') from None
+    whole = {name: entry for name, entry in known.items() if 'derived' not in entry}
     for name, entry in known.items():
+        if name not in whole:
+            base = entry['derived'].get('from')
+            if base not in whole: raise unknown(f'data set to derive {name} from in {path}', base, whole)
+            known[name] = entry = {k: v for k, v in whole[base].items() if k != 'planted'} | entry
         for key in ('format', 'files', 'where'):
             if key not in entry: raise WorkbenchError(f'{path}: [{name}] has no {key!r}; add it as the other data sets have it')
         if entry['format'] not in READERS: raise unknown(f'format of {name} in {path}', entry['format'], READERS)
+        if lost := [k for k in READERS[entry['format']][1] if k not in entry['files']]:
+            raise WorkbenchError(f'{path}: the files of [{name}] lack {lost[0]!r}; format {entry["format"]} needs {" and ".join(READERS[entry["format"]][1])}')
     return known
 
 # %% ../../nbs/data/dataset.ipynb #8525e746
@@ -142,15 +154,15 @@ def fingerprint(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/data/dataset.ipynb #3772c962
-OPTIONS = dict(max_users=None, k_core=None, min_length=3, planted_seed=0, planted_users=3000, planted_items=1200, pictures=True)
-LEAST = dict(max_users=1, k_core=1, min_length=3, planted_seed=0, planted_users=1, planted_items=1) # train, valid and test each need an item
+OPTIONS = dict(max_users=None, top_items=None, k_core=None, min_length=3, planted_seed=0, planted_users=3000, planted_items=1200, pictures=True)
+LEAST = dict(max_users=1, top_items=1, k_core=1, min_length=3, planted_seed=0, planted_users=1, planted_items=1) # train, valid and test each need an item
 WORD = {bool: 'truth value', int: 'whole number'}
 
 def _options(overrides):
-    "Checked overrides, with the defaults for the rest; 0 and None both switch max_users and k_core off."
+    "Checked overrides, with the defaults for the rest; 0 and None both switch max_users, top_items and k_core off."
     for key, value in overrides.items():
         if key not in OPTIONS: raise unknown('override of load_dataset', key, OPTIONS)
-        if key in ('max_users', 'k_core') and value in (None, 0) and value is not False: overrides = {**overrides, key: None}; continue
+        if key in ('max_users', 'top_items', 'k_core') and value in (None, 0) and value is not False: overrides = {**overrides, key: None}; continue
         kind = bool if key == 'pictures' else int
         if type(value) is not kind: raise WorkbenchError(f'{key}={value!r} is no {WORD[kind]}; give e.g. {key}={OPTIONS[key] or 300}')
         if kind is int and value < LEAST[key]: raise WorkbenchError(f'{key}={value} is too small; give at least {LEAST[key]}')
@@ -171,30 +183,37 @@ def load_dataset(
     name: str,               # in data/datasets.toml
     data_dir: str|Path|None=None, # where the raw files are; default MMREC_DATA, else data/raw
     source: str='auto',      # 'raw', 'planted', or 'auto': raw where its files are
-    **overrides              # max_users, k_core, min_length, planted_seed, planted_users, planted_items, pictures
+    **overrides              # max_users, top_items, k_core, min_length, planted_seed, planted_users, planted_items, pictures
 ) -> Dataset:
     "A data set by name, clean and numbered."
     known = registry()
     if name not in known: raise unknown('data set', name, known)
     if source not in ('auto', 'raw', 'planted'): raise unknown('source', source, ['auto', 'raw', 'planted'])
-    o, entry = _options(overrides), known[name]
+    entry = known[name]; o = _options({k: v for k, v in entry.get('derived', {}).items() if k != 'from'} | overrides)
     source, files = _choose(name, entry, source, *data_folder(data_dir))
     if source == 'raw':
         if odd := [k for k in o if k.startswith('planted_') and o[k] != OPTIONS[k]]:
             raise WorkbenchError(f'{odd[0]}={o[odd[0]]} shapes the planted catalogue, but {name} was found raw: drop it, or use source=planted')
-        return _assemble(name, source, *READERS[entry['format']](files), o)
+        return _assemble(name, source, *_read(entry, files), o)
     from mmrec_wb.data.planted import planted_dir
     folder = planted_dir(users=o['planted_users'], items=o['planted_items'], seed=o['planted_seed'], pictures=o['pictures'])
     truth = {p.stem: pl.read_parquet(p) for p in sorted((folder/'truth').glob('*.parquet'))}
-    return _assemble(name, source, *READERS[entry['format']](find_files(name, entry, folder)), o, truth)
+    return _assemble(name, source, *_read(entry, find_files(name, entry, folder)), o, truth)
+
+def _read(entry, files):
+    reader, keys = READERS[entry['format']]
+    return reader(*(files[k] for k in keys))
 
 # %% ../../nbs/data/dataset.ipynb #ec774649
 def _assemble(name, source, log, catalogue, o, truth=None):
     "Clean, number, align."
     clean = in_order(log)
-    kept = core(clean, max(o['min_length'], o['k_core'] or 1), o['k_core'] or 1)
+    some = clean.filter(pl.col('item').is_in(popular(log, o['top_items']).implode())) if o['top_items'] else clean
+    kept = core(some, max(o['min_length'], o['k_core'] or 1), o['k_core'] or 1)
     if kept.is_empty():
-        raise WorkbenchError(f'{name}: nothing is left of {log.height:,} interactions with min_length={o["min_length"]} and k_core={o["k_core"]}; lower them')
+        top = f' among the {o["top_items"]} most popular items' if o['top_items'] else ''
+        raise WorkbenchError(f'{name}: nothing is left of {log.height:,} interactions{top} with min_length={o["min_length"]} and k_core={o["k_core"]}; '
+                             'lower them')
     dropped = dict(duplicates=log.height - clean.height, **{f'{c}s': clean[c].n_unique() - kept[c].n_unique() for c in ('user', 'item')})
     s = sequences(some_users(kept, o['max_users']) if o['max_users'] else kept)
     rows = pl.DataFrame(s.raw_items.alias('raw_id')).join(catalogue, on='raw_id', how='left', maintain_order='left')

@@ -100,7 +100,7 @@ def read_amazon(
 ) -> tuple[pl.DataFrame, pl.DataFrame]: # user, item, timestamp; raw_id, title, text, category, image, image_offset, image_size
     "Interactions and catalogue of one Amazon 2014 department."
     log = read_reviews(reviews)
-    items = log.select(raw_id=pl.col('item').unique().sort())
+    items = log.select(raw_id=pl.col('item').unique().sort().cast(pl.String))
     pictures = picture_files(images or Path(reviews).parent/'images')
     catalogue = items.join(read_meta(meta, set(items['raw_id'])), on='raw_id', how='left', maintain_order='left')
     return log, catalogue.with_columns(

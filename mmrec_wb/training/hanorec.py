@@ -27,11 +27,11 @@ from .metrics import auc, auc_hard, hit, ndcg, places, recall, uniform, valid_ra
 
 # %% ../../nbs/training/hanorec.ipynb #f6583294
 SFT_SETTINGS = ('backbone', 'task', 'seed', 'pair_seed', 'epochs', 'batch_size', 'accumulation', 'lr', 'history', 'examples_per_user', 'candidates',
-    'decoding', 'lora_rank', 'lora_alpha', 'lora_dropout')
+    'decoding', 'max_pixels', 'lora_rank', 'lora_alpha', 'lora_dropout')
 HANOREC_SETTINGS = ('noise', 'noise_on', 'hard_temp', 'neighbours', 'hardness_from', 'eta_over', 'label_smoothing') # without meaning for other losses
 PREFERENCE_SETTINGS = ('loss', 'preference_epochs', 'preference_lr', 'beta', *HANOREC_SETTINGS)
 DEFAULTS = dict(backbone='tiny', task='yes_no', seed=0, pair_seed=2025, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, examples_per_user=5,
-    candidates=10, decoding='greedy', lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', preference_epochs=1, preference_lr=1e-4, beta=.1, noise=.05,
+    candidates=10, decoding='greedy', max_pixels=262144, lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', preference_epochs=1, preference_lr=1e-4, beta=.1, noise=.05,
     noise_on='lora', hard_temp=.05, neighbours=10, hardness_from='encoders', eta_over='micro_batch', label_smoothing=0.,
     text_encoder=ENCODERS['text'], image_encoder=ENCODERS['image'],
     device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
@@ -46,6 +46,7 @@ def settled(settings: dict) -> dict: # every setting
     if s['pair_seed'] == -1: s['pair_seed'] = s['seed']
     if s['task'] == 'top3': s |= dict(history=3, examples_per_user=None)
     if s['task'] != 'pick_one': s['candidates'] = None
+    if s['backbone'] == 'tiny': s['max_pixels'] = None
     if s['loss'] != 'hanorec': s |= {k: None for k in HANOREC_SETTINGS}
     elif not s['noise']: s['noise_on'] = None
     return s
@@ -114,6 +115,7 @@ def evaluate_yes_no(data, model, processor, asked, s, sft=None) -> tuple: # fram
     for who, x in answers.items(): values |= {f'auc_hard/{who}': auc_hard(x.to_list(), label), f'valid_ratio/{who}': valid_ratio(x.to_list())}
     return ranks, values
 
+# %% ../../nbs/training/hanorec.ipynb #ba613941
 def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame, metrics
     "HR@k, NDCG@k of the most recent true item (the authors'), recall@k of all true items; k = how many are asked for; by likelihood and as written."
     k, n = len(asked['positive'][0]), len(asked['candidates'][0])
@@ -138,6 +140,7 @@ def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame
     values |= {f'valid_ratio/{who}': valid_ratio(frame[c].to_list()) for who, c in dict(model='valid', sft='valid_sft').items() if c in frame.columns}
     return frame, values
 
+# %% ../../nbs/training/hanorec.ipynb #7cbc6744
 def write_evaluation(run, data, model, processor, s, sft=None):
     "Score the valid and the test examples; write the metrics of both and the ranks of the test. `sft`: the SFT run's ranks, on the same examples."
     evaluate = evaluate_yes_no if s['task'] == 'yes_no' else evaluate_lists
@@ -184,7 +187,8 @@ def _arguments(run, s, n, epochs, lr, **more):
     if size % world: raise WorkbenchError(f"batch_size={size} cannot be shared by {world} processes: give a multiple of {world}")
     total = max(1, epochs*(n//(s['batch_size']*s['accumulation']) or 1))
     return run.path/'checkpoint', max(1, total//10), dict(num_train_epochs=epochs, per_device_train_batch_size=size//world,
-        gradient_accumulation_steps=s['accumulation'], learning_rate=lr, lr_scheduler_type='cosine', seed=s['seed'], report_to=s['report_to'], device=s['device'], **more)
+        gradient_accumulation_steps=s['accumulation'], learning_rate=lr, lr_scheduler_type='cosine', seed=s['seed'], report_to=s['report_to'], device=s['device'],
+        checkpointing=s['backbone'] != 'tiny' and s['device'] != 'cpu', **more)
 
 # %% ../../nbs/training/hanorec.ipynb #86ac2b17
 @contextlib.contextmanager
@@ -212,7 +216,7 @@ def load_model(run: Run) -> tuple: # model, processor
     "The model of a recorded run, ready to answer."
     if (run.path/'model').exists(): return load_backbone(str(run.path/'model'))
     from peft import PeftModel
-    model, processor = load_backbone(run.params['backbone'])
+    model, processor = load_backbone(run.params['backbone'], max_pixels=run.params['max_pixels'])
     for adapter in ('adapter_sft', 'adapter'):
         if (run.path/adapter).exists(): model = PeftModel.from_pretrained(model, run.path/adapter).merge_and_unload()
     return model, processor
@@ -231,12 +235,12 @@ def train_sft(
         from trl import SFTConfig
         from mmrec_wb.training.trl_trainers import TuningTrainer, as_dataset, trainer_args
         whole = s['backbone'] == 'tiny'
-        model, processor = load_backbone(s['backbone'], data.catalogue['title'].to_list(), s['seed'])
+        model, processor = load_backbone(s['backbone'], data.catalogue['title'].to_list(), s['seed'], s['max_pixels'])
         warmup = min(50, train.height*s['epochs']//s['batch_size']//10) if whole else 0
         where, every, args = _arguments(run, s, train.height, s['epochs'], s['lr'], warmup_steps=warmup, ddp_find_unused_parameters=whole)
         trainer = TuningTrainer(model, args=trainer_args(SFTConfig, where, every, **args), train_dataset=as_dataset(train.to_dicts()),
             processing_class=processor, data_collator=Collator(data, processor, 'right'),
-            peft_config=None if whole else lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']))
+            peft_config=None if whole else lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout'], projector=s['backbone'] == 'smollm2'))
         model = fit(trainer, run, 'sft', ('loss', 'learning_rate', 'mean_token_accuracy'), 'SFT')
         if not whole:
             if processes()[0] == 0: model.save_pretrained(run.path/'adapter')
@@ -282,6 +286,7 @@ def train_preference(
         from trl import DPOConfig
         from mmrec_wb.training.trl_trainers import PreferenceTrainer, as_dataset, trainer_args
         (model, processor), before = sft.model(), sft.frame('ranks')
+        model.to(s['device'])                                                             # for the vectors of `hardness_from='backbone'`
         hard = pair_hardness(data, train, DEFAULTS | {k: v for k, v in s.items() if v is not None}, model, processor)
         run.save('explain/hardness', hard); run.save('items', _shown(data, hard, test))
         rows = train.with_columns(weight=hard['weight']).to_dicts()
