@@ -271,6 +271,7 @@ def _shown(data, hard, asked):
     ends = hard.sort('delta').select('chosen_item', 'rejected_item').unique(maintain_order=True)
     return thumbnails(data, [*pl.concat([ends.head(30), ends.tail(30)]).to_numpy().ravel(), *asked['target'][:20]])
 
+# %% ../../nbs/training/hanorec.ipynb #b365018d
 CURVES = ('loss', 'margin', 'accuracy', 'gap', 'responsiveness', 'beta_mean', 'beta_min', 'beta_max', 'margin_clean', 'accuracy_clean')
 
 def train_preference(
