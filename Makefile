@@ -9,7 +9,7 @@ BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 WORKERS  ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 DEMO_NB  ?= runs/demo.ipynb
-DEMO_ARGS ?= -p max_users 800 -p epochs 5
+DEMO_ARGS ?= -p max_users 800 -p epochs 5 -p noise 0.01
 # one thread each: on shared cores two torch threads are slower than one for small models
 ONE      := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # the demo and the tests use the planted catalogue, whatever MMREC_DATA says

@@ -23,7 +23,9 @@ def one(start, seed):
     with tempfile.TemporaryDirectory() as d:
         run = train_sft(data, out_dir=d, seed=seed, pair_seed=seed, epochs=5)
         steps = int(run.frame('metrics').filter(split='sft')['step'].max())
-        return dict(dataset='toys (planted)', users=800, start='comparing' if start else 'usual', seed=seed, steps=steps, valid_auc=auc(score_yes_no(*run.model(), data, valid, progress=False)['log_odds'].to_numpy(), valid['label'].to_numpy()))
+        log_odds = score_yes_no(*run.model(), data, valid, progress=False)['log_odds'].to_numpy()
+        return dict(dataset='toys (planted)', users=800, start='comparing' if start else 'usual', seed=seed, steps=steps,
+                    valid_auc=auc(log_odds, valid['label'].to_numpy()))
 
 if __name__ == '__main__':
     arms = list(product((True, False), (0, 1)))

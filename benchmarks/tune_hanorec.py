@@ -1,4 +1,5 @@
-"""The second stage's settings: six trials for DPO and six for HaNoRec, judged by AUC on the VALID questions of the planted shop (generator seed 0). The test split is not looked at.
+"""The second stage's settings: six trials for DPO and six for HaNoRec, judged by AUC on the VALID questions of the planted shop (generator seed 0).
+The test split is not looked at.
 
     python benchmarks/tune_hanorec.py         # 12 trials on one SFT run, half an hour on two cores; results/tune_hanorec_toys_planted.csv
 """
@@ -10,7 +11,8 @@ import polars as pl
 from mmrec_wb.core.paths import atomic_write, project_root
 
 TRIALS = [dict(loss='dpo', beta=b, preference_lr=lr) for b, lr in product((.1, .5), (1e-4, 3e-4, 1e-3))] + \
-         [dict(loss='hanorec', noise=n, preference_lr=lr) for n, lr in product((.05, .01), (1e-4, 3e-4, 1e-3))]       # noise .05 and lr 1e-4: the authors'; beta .1, theirs too
+         [dict(loss='hanorec', noise=n, preference_lr=lr) for n, lr in product((.05, .01), (1e-4, 3e-4, 1e-3))]
+# noise .05 and lr 1e-4 are the authors'; beta .1, theirs too
 FILE = project_root()/'results'/'tune_hanorec_toys_planted.csv'
 
 def one(trial):
@@ -25,8 +27,10 @@ def one(trial):
     valid = lambda r: r.frame('metrics').filter(split='valid', name='auc/model')['value'].item()
     m = run.frame('metrics').filter(split='preference')
     last = lambda name: m.filter(name=name).sort('step')['value'].tail(3).mean() if name in m['name'] else None
-    return dict(dataset='toys (planted)', generator_seed=0, users=800, seed=0, **{k: trial.get(k) for k in ('loss', 'beta', 'noise', 'preference_lr')}, valid_auc_sft=valid(sft), valid_auc=valid(run),
-                accuracy_noisy=last('accuracy'), accuracy_clean=last('accuracy_clean'), cpu_seconds=run.info['cpu_seconds'], commit=run.info['commit'], run=run.path.name)
+    return dict(dataset='toys (planted)', generator_seed=0, users=800, seed=0, **{k: trial.get(k) for k in ('loss', 'beta', 'noise', 'preference_lr')},
+                valid_auc_sft=valid(sft), valid_auc=valid(run),
+                accuracy_noisy=last('accuracy'), accuracy_clean=last('accuracy_clean'),
+                cpu_seconds=run.info['cpu_seconds'], commit=run.info['commit'], run=run.path.name)
 
 def best(path=FILE) -> dict: # loss -> the settings of its best trial
     "What tuning chose."

@@ -13,30 +13,38 @@ from mmrec_wb.mllm.tasks import yes_no_examples
 from mmrec_wb.mllm.scoring import score_yes_no
 
 # ---- tiny checkpoints: the real architectures and processors, with a byte-level BPE and random weights
-CONTENT = "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-QWEN_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + CONTENT.replace('IMAGE', '<|vision_start|><|image_pad|><|vision_end|>') + "<|im_end|>\n{% endfor %}"
-             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-SMOL_CHAT = ("<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}: " + CONTENT.replace('IMAGE', '<image>') + "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+CONTENT = ("{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+           "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}")
+QWEN_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + CONTENT.replace('IMAGE', '<|vision_start|><|image_pad|><|vision_end|>')
+             + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+SMOL_CHAT = ("<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}: " + CONTENT.replace('IMAGE', '<image>')
+             + "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
 
 def tokenizer(special, chat, **roles):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE()); bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False); bpe.decoder = decoders.ByteLevel()
     words = ['Items that a person took, oldest first: Will this person take this item next? Answer Yes or No. no picture user assistant Assistant: Yes No']*20
-    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(words, trainers.BpeTrainer(vocab_size=500, special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat, additional_special_tokens=special[1:], **roles)
 
-TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, initializer_range=.2)
+TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            initializer_range=.2)
 
 def qwen(folder):
     "Qwen2.5-VL: patches of 14 px, four of them a token; three-dimensional positions."
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
-    tok = tokenizer(['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>'], QWEN_CHAT, pad_token='<|endoftext|>', eos_token='<|im_end|>')
+    tok = tokenizer(['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>', '<|image_pad|>', '<|video_pad|>'], QWEN_CHAT,
+                    pad_token='<|endoftext|>', eos_token='<|im_end|>')
     ids = tok.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(text_config=dict(**TEXT, vocab_size=len(tok), rope_parameters=dict(rope_type='default', rope_theta=1e4, mrope_section=[2, 3, 3]), pad_token_id=tok.pad_token_id,
+    rope = dict(rope_type='default', rope_theta=1e4, mrope_section=[2, 3, 3])
+    config = Qwen2_5_VLConfig(text_config=dict(**TEXT, vocab_size=len(tok), rope_parameters=rope, pad_token_id=tok.pad_token_id,
             eos_token_id=tok.eos_token_id, bos_token_id=None, tie_word_embeddings=True),
-        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1], initializer_range=.2),
-        image_token_id=ids('<|image_pad|>'), video_token_id=ids('<|video_pad|>'), vision_start_token_id=ids('<|vision_start|>'), vision_end_token_id=ids('<|vision_end|>'), tie_word_embeddings=True)
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64, patch_size=14, spatial_merge_size=2,
+                           temporal_patch_size=2, window_size=56, fullatt_block_indexes=[1], initializer_range=.2),
+        image_token_id=ids('<|image_pad|>'), video_token_id=ids('<|video_pad|>'), vision_start_token_id=ids('<|vision_start|>'),
+        vision_end_token_id=ids('<|vision_end|>'), tie_word_embeddings=True)
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder); tok.save_pretrained(folder)
     # as in the published checkpoints: one preprocessor_config.json that names the whole processor
     Qwen2VLImageProcessorPil(min_pixels=56*56, max_pixels=28*28*1280).save_pretrained(folder)
@@ -44,13 +52,16 @@ def qwen(folder):
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(processor_class='Qwen2_5_VLProcessor', image_processor_type='Qwen2VLImageProcessor')))
 
 def idefics3(folder, smolvlm=False):
-    "Idefics3, with tiles of 32 px, few enough to be cut into; and SmolVLM, the same under another name, with the published tiles of 512 px. Four tokens a tile."
+    "Idefics3, with tiles of 32 px, few enough to be cut into; SmolVLM, the same under another name, with the published tiles of 512 px. Four tokens a tile."
     import transformers as t
-    tok = tokenizer(['<|endoftext|>', '<|im_start|>', '<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>', *[f'<row_{r}_col_{c}>' for r in range(1, 7) for c in range(1, 7)]], SMOL_CHAT,
+    tok = tokenizer(['<|endoftext|>', '<|im_start|>', '<image>', '<fake_token_around_image>', '<global-img>', '<end_of_utterance>',
+                     *[f'<row_{r}_col_{c}>' for r in range(1, 7) for c in range(1, 7)]], SMOL_CHAT,
         pad_token='<|endoftext|>', eos_token='<end_of_utterance>')
     name, tile, edge = ('SmolVLM', 512, 2048) if smolvlm else ('Idefics3', 32, 64)
-    config = getattr(t, f'{name}Config')(text_config=dict(model_type='llama', **TEXT, vocab_size=len(tok), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=1),
-        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=tile, patch_size=tile//4, initializer_range=.2),
+    config = getattr(t, f'{name}Config')(
+        text_config=dict(model_type='llama', **TEXT, vocab_size=len(tok), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=1),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=tile, patch_size=tile//4,
+                           initializer_range=.2),
         image_token_id=tok.convert_tokens_to_ids('<image>'), scale_factor=2, pad_token_id=tok.pad_token_id, tie_word_embeddings=False)
     getattr(t, f'{name}ForConditionalGeneration')(config).save_pretrained(folder); tok.save_pretrained(folder)
     getattr(t, f'{name}ImageProcessorPil')(size=dict(longest_edge=edge), max_image_size=dict(longest_edge=tile)).save_pretrained(folder)
@@ -82,7 +93,8 @@ def mixed(data):
     rows = [(gone[:3], gone[3]), (gone[:5], there[0]), ([there[1], gone[0], there[2]], gone[1]), (there[3:8], there[8]), (gone[2:4], gone[0])]
     n = [sum(i in there for i in [*h, t]) for h, t in rows]
     assert n == [0, 1, 2, 6, 0]
-    return yes_no_examples(data, 'test', seed=0).head(5).with_columns(history=pl.Series([h for h, _ in rows], dtype=pl.List(pl.Int32)), target=pl.Series([t for _, t in rows], dtype=pl.Int32))
+    histories, targets = pl.Series([h for h, _ in rows], dtype=pl.List(pl.Int32)), pl.Series([t for _, t in rows], dtype=pl.Int32)
+    return yes_no_examples(data, 'test', seed=0).head(5).with_columns(history=histories, target=targets)
 
 def test_without_torchvision(): assert importlib.util.find_spec('torchvision') is None
 
@@ -148,7 +160,8 @@ def test_lora_finds_the_layers_at_full_size(name):
     config = getattr(transformers, f'{name}Config')()
     with torch.device('meta'): model = getattr(transformers, f'{name}ForConditionalGeneration')(config)
     hit = {n: m for n, m in model.named_modules() if re.fullmatch(LORA_LAYERS, n)}
-    assert len(hit) == 7*config.get_text_config().num_hidden_layers >= 7*16 and all(isinstance(m, torch.nn.Linear) for m in hit.values()) and not any('vis' in n for n in hit)
+    assert len(hit) == 7*config.get_text_config().num_hidden_layers >= 7*16
+    assert all(isinstance(m, torch.nn.Linear) for m in hit.values()) and not any('vis' in n for n in hit)
 
 def test_half_precision_is_kept_on_a_gpu_only(folders, tmp_path):
     model, processor = load_backbone(str(folders/'qwen')); model.bfloat16().save_pretrained(tmp_path); processor.save_pretrained(tmp_path)
@@ -156,7 +169,7 @@ def test_half_precision_is_kept_on_a_gpu_only(folders, tmp_path):
     assert load_backbone(str(tmp_path))[0].dtype == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 def test_the_layout_of_published_checkpoints(folders, tmp_path, data):
-    "Qwen2.5-VL as it was published: weights in shards under their first names, settings of the text model at the top of config.json, the template in chat_template.json."
+    "Qwen2.5-VL as it was published: shards, weights under their first names, text settings at the top of config.json, the template in chat_template.json."
     from shutil import copytree
     copytree(folders/'qwen', tmp_path, dirs_exist_ok=True)
     old = lambda n: n.replace('model.visual.', 'visual.').replace('model.language_model.', 'model.')
@@ -166,21 +179,26 @@ def test_the_layout_of_published_checkpoints(folders, tmp_path, data):
     (tmp_path/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map={n: f for f, part in shards.items() for n in part})))
     config = json.loads((tmp_path/'config.json').read_text()); text = config.pop('text_config')
     rope = text.pop('rope_parameters'); text.pop('model_type')
-    (tmp_path/'config.json').write_text(json.dumps(text | config | dict(rope_theta=rope['rope_theta'], rope_scaling=dict(type='mrope', mrope_section=rope['mrope_section']), tie_word_embeddings=True)))
-    (tmp_path/'chat_template.json').write_text(json.dumps(dict(chat_template=(tmp_path/'chat_template.jinja').read_text()))); (tmp_path/'chat_template.jinja').unlink()
+    older = dict(rope_theta=rope['rope_theta'], rope_scaling=dict(type='mrope', mrope_section=rope['mrope_section']), tie_word_embeddings=True)
+    (tmp_path/'config.json').write_text(json.dumps(text | config | older))
+    (tmp_path/'chat_template.json').write_text(json.dumps(dict(chat_template=(tmp_path/'chat_template.jinja').read_text())))
+    (tmp_path/'chat_template.jinja').unlink()
     check_backbone(str(tmp_path))
     a, b = (score_yes_no(*load_backbone(str(f)), data, mixed(data), progress=False)['log_odds'] for f in (folders/'qwen', tmp_path))
     assert (a - b).abs().max() < 1e-6
 
-LLAVA_15 = ("{% for message in messages %}{{ message['role'].upper() + ': '}}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-            "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+LLAVA_15 = ("{% for message in messages %}{{ message['role'].upper() + ': '}}"
+            "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+            "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}{% endfor %}"
+            "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
 
 def test_the_template_of_llava_15(folders, data):
     "It moves all pictures to the front, in their order, and marks no end of a turn: the answer ends with the tokenizer's end."
     model, processor = load_backbone(str(folders/'llava')); processor.chat_template = LLAVA_15
     x = Collator(data, processor, 'right')(mixed(data)[2:3].to_dicts())
     text = processor.tokenizer.decode(x['input_ids'][0])
-    assert text.startswith('USER: ' + ('<image>'*4 + '\n')*2 + 'Items') and processor.tokenizer.decode(x['input_ids'][0][x['labels'][0] >= 0]) in (' Yes</s>', ' No</s>')
+    assert text.startswith('USER: ' + ('<image>'*4 + '\n')*2 + 'Items')
+    assert processor.tokenizer.decode(x['input_ids'][0][x['labels'][0] >= 0]) in (' Yes</s>', ' No</s>')
 
 @torch.no_grad()
 def test_item_vectors_are_the_authors(backbone, data):
@@ -188,13 +206,16 @@ def test_item_vectors_are_the_authors(backbone, data):
     model, processor = backbone
     v, tower = backbone_vectors(model, processor, data), model.model
     unit = lambda x: x/x.norm()
-    assert v.shape == (data.n_items + 1, 64 if model.config.model_type != 'llava' else 128) and not v[0].any() and np.allclose(np.linalg.norm(v[1:], axis=1), 1, atol=1e-5)
+    assert v.shape == (data.n_items + 1, 64 if model.config.model_type != 'llava' else 128)
+    assert not v[0].any() and np.allclose(np.linalg.norm(v[1:], axis=1), 1, atol=1e-5)
     with_picture = next(i for i in range(1, data.n_items + 1) if data.image(i) is not None)
     without = next(i for i in range(1, data.n_items + 1) if data.image(i) is None)
     title = lambda i: unit(model.get_input_embeddings().weight[processor.tokenizer(data.catalogue['title'][i], add_special_tokens=False)['input_ids']].mean(0))
     x = processor.image_processor([data.image(with_picture)], return_tensors='pt')
     if 'image_grid_thw' in x: patches = tower.visual(x['pixel_values'], grid_thw=x['image_grid_thw']).pooler_output
-    elif hasattr(tower, 'connector'): patches = tower.connector(tower.vision_model(x['pixel_values'][0], patch_attention_mask=torch.ones(x['pixel_values'].shape[1], 4, 4, dtype=torch.bool)).last_hidden_state)
+    elif hasattr(tower, 'connector'):
+        mask = torch.ones(x['pixel_values'].shape[1], 4, 4, dtype=torch.bool)
+        patches = tower.connector(tower.vision_model(x['pixel_values'][0], patch_attention_mask=mask).last_hidden_state)
     else: patches = tower.multi_modal_projector(tower.vision_tower(x['pixel_values'], output_hidden_states=True).hidden_states[-1][:, 1:])
     assert np.allclose(v[without], title(without), atol=1e-5)
     assert np.allclose(v[with_picture], unit(title(with_picture) + unit(patches.reshape(-1, v.shape[1]).mean(0))), atol=1e-5)
@@ -228,7 +249,8 @@ def test_smolvlm_prompts_are_transformers_own(folders):
     processor = load_backbone(str(folders/'smolvlm'))[1]
     for rows, cols in ((0, 0), (2, 3)):
         ours = processor.replace_image_token(dict(rows=[[rows]], cols=[[cols]]), 0)
-        assert ours == get_image_prompt_string(rows, cols, 4, fake_token_around_image='<fake_token_around_image>', image_token='<image>', global_image_token='<global-img>')
+        assert ours == get_image_prompt_string(rows, cols, 4, fake_token_around_image='<fake_token_around_image>',
+                                               image_token='<image>', global_image_token='<global-img>')
 
 @pytest.mark.parametrize('name', ['qwen', 'idefics3'])
 def test_both_stages_train_it(folders, data, tmp_path, name):
@@ -280,9 +302,12 @@ def spoil(folder, how):
     if how == 'no picture processor': (folder/'preprocessor_config.json').unlink()
     if how == 'no chat template': (folder/'chat_template.jinja').unlink()
 
-SPOILT = {'text-only model': 'is a llama, not an image-text-to-text model', 'unknown family': 'config.json does not load', 'config no JSON': 'config.json does not load', 'no weights': 'has no model.safetensors',
-    'truncated weights': 'model.safetensors is damaged', 'weights no safetensors': 'model.safetensors is damaged', 'a shard missing': 'has no model-00001-of-00002.safetensors',
-    'a shard elsewhere': 'a file outside its folder', 'code of its own': 'config.json does not load', 'no tokenizer': 'has no processor|has the tokenizer of another model', 'no picture processor': 'has no processor', 'no chat template': 'has no processor'}
+SPOILT = {'text-only model': 'is a llama, not an image-text-to-text model', 'unknown family': 'config.json does not load',
+    'config no JSON': 'config.json does not load', 'no weights': 'has no model.safetensors',
+    'truncated weights': 'model.safetensors is damaged', 'weights no safetensors': 'model.safetensors is damaged',
+    'a shard missing': 'has no model-00001-of-00002.safetensors',
+    'a shard elsewhere': 'a file outside its folder', 'code of its own': 'config.json does not load',
+    'no tokenizer': 'has no processor|has the tokenizer of another model', 'no picture processor': 'has no processor', 'no chat template': 'has no processor'}
 
 @pytest.mark.parametrize('how', SPOILT)
 @pytest.mark.parametrize('name', ['qwen', 'idefics3'])

@@ -53,7 +53,8 @@ def mounted(folder, options, script, timeout=300):
     if not shutil.which('unshare') or (p := subprocess.run(['unshare', '-rm', 'sh', '-c', mount], capture_output=True, text=True)).returncode:
         pytest.skip('no small file system can be mounted here: ' + (p.stderr.strip() if shutil.which('unshare') else 'no unshare'))
     code = SETUP + f'place = Path({str(folder)!r})\n' + textwrap.dedent(script)
-    p = subprocess.run(['unshare', '-rm', 'sh', '-c', f'{mount} && exec "$0" "$@"', sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    p = subprocess.run(['unshare', '-rm', 'sh', '-c', f'{mount} && exec "$0" "$@"', sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                       timeout=timeout)
     assert p.returncode == 0, p.stderr[-3000:]
     return json.loads(p.stdout.strip().splitlines()[-1])
 
@@ -71,7 +72,8 @@ def test_an_impossible_out_dir_of_the_second_stage(data, undisturbed, tmp_path):
     assert one_line(e) and below(tmp_path) == before
 
 def test_a_read_only_place(tmp_path):
-    says = mounted(tmp_path/'ro', 'ro,size=1m', 'print(json.dumps([error(lambda: train_sft(tiny(), **quick, out_dir=place)), error(lambda: train_sft(tiny(), **quick, out_dir=place/"a"/"b"))]))')
+    says = mounted(tmp_path/'ro', 'ro,size=1m',
+        'print(json.dumps([error(lambda: train_sft(tiny(), **quick, out_dir=p)) for p in (place, place/"a"/"b")]))')
     assert all('cannot be written' in s and 'Read-only file system' in s and '\n' not in s for s in says)
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
@@ -134,7 +136,8 @@ def test_a_full_disk_during_sft(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_during_preference(undisturbed, tmp_path):
     "No room at all, and too little for the model at the end."
-    script = FULL + 'FREE = [0, 2*2**20]\nsft = train_sft(data, **quick, out_dir=place/"sft")\ndef train(): return train_preference(data, sft, **quick, out_dir=place/"runs")\nprint(json.dumps(work()))'
+    script = FULL + ('FREE = [0, 2*2**20]\nsft = train_sft(data, **quick, out_dir=place/"sft")\n'
+                     'def train(): return train_preference(data, sft, **quick, out_dir=place/"runs")\nprint(json.dumps(work()))')
     checked(mounted(tmp_path/'small', 'size=48m', script), test_numbers(undisturbed[1]))
 
 def test_a_full_disk_while_the_cache_is_made(tmp_path, data):
@@ -144,7 +147,8 @@ def test_a_full_disk_while_the_cache_is_made(tmp_path, data):
     paths.project_root = lambda: place
     says = []
     for size in (200_000, 500_000):
-        free = os.statvfs(place); (place/'ballast').write_bytes(b'0'*max(0, free.f_bavail*free.f_frsize - size)); says.append(error(tiny)); (place/'ballast').unlink()
+        free = os.statvfs(place); (place/'ballast').write_bytes(b'0'*max(0, free.f_bavail*free.f_frsize - size))
+        says.append(error(tiny)); (place/'ballast').unlink()
         assert not [p for p in place.rglob('*') if p.name.endswith('.tmp')], list(place.rglob('*'))
     d = tiny()
     print(json.dumps(dict(says=says, fingerprint=d.fingerprint, sums={m: float(f.values.sum()) for m, f in d.features.items()})))
@@ -189,7 +193,8 @@ def test_nan_in_a_feature_file(own_cache):
     file.write_bytes(whole)
     assert set(add_features(load_dataset('toys', **TINY), progress=False).features) == {'text', 'image'}
 
-@pytest.mark.parametrize('file, keep', [('run.json', 40), ('run.json', 0), ('ranks.parquet', 200), ('metrics.parquet', 200), ('model/model.safetensors', 10_000), ('model/config.json', 30)])
+@pytest.mark.parametrize('file, keep', [('run.json', 40), ('run.json', 0), ('ranks.parquet', 200), ('metrics.parquet', 200),
+                                        ('model/model.safetensors', 10_000), ('model/config.json', 30)])
 def test_a_damaged_run(data, undisturbed, tmp_path, file, keep):
     "A finished SFT run with one file cut: the second stage, which needs it, names it in one line and starts nothing."
     sft = undisturbed[0]; copy = tmp_path/sft.path.name; shutil.copytree(sft.path, copy)
@@ -238,12 +243,16 @@ def test_every_parameter_of_the_notebook_refuses_another_type():
     namespace = given(); declared = namespace['__annotations__']
     assert len(declared) > 20
     for name, kind in declared.items():
-        for bad in [b for b in ('text', 1, 1.5, True, [1], None, float('nan'), float('inf')) if not (type(b) is kind or kind is float and type(b) is int) or (type(b) is float and b - b != 0)]:
-            with pytest.raises(WorkbenchError, match=f'parameter {name}=') as e: guard({'__annotations__': declared, **{n: namespace[n] for n in declared}, name: bad})
+        fits = lambda b: (type(b) is kind or kind is float and type(b) is int) and not (type(b) is float and b - b != 0)
+        for bad in [b for b in ('text', 1, 1.5, True, [1], None, float('nan'), float('inf')) if not fits(b)]:
+            with pytest.raises(WorkbenchError, match=f'parameter {name}=') as e:
+                guard({'__annotations__': declared, **{n: namespace[n] for n in declared}, name: bad})
             assert one_line(e) and 'is needed' in str(e.value)
 
-@pytest.mark.parametrize('name, value', [('lr', -1.), ('lr', float('inf')), ('beta', float('inf')), ('beta', 0), ('batch_size', 0), ('max_users', -5), ('lora_dropout', 1.), ('source', 'raww'), ('device', 'tpu'), ('seed', '0'), ('noise', -.1),
-                                         ('neighbours', 0), ('hard_temp', 0.), ('history', 1), ('dataset', 'toyz'), ('loss', 'dpoo'), ('epoch', 3), ('resume', 1), ('report_to', 'mlfloww'), ('backbone', '/nonexistent')])
+@pytest.mark.parametrize('name, value', [('lr', -1.), ('lr', float('inf')), ('beta', float('inf')), ('beta', 0), ('batch_size', 0), ('max_users', -5),
+                                         ('lora_dropout', 1.), ('source', 'raww'), ('device', 'tpu'), ('seed', '0'), ('noise', -.1),
+                                         ('neighbours', 0), ('hard_temp', 0.), ('history', 1), ('dataset', 'toyz'), ('loss', 'dpoo'), ('epoch', 3),
+                                         ('resume', 1), ('report_to', 'mlfloww'), ('backbone', '/nonexistent')])
 def test_a_wrong_value_stops_the_notebook_in_its_guard_cell(name, value):
     with pytest.raises(WorkbenchError) as e: given(**{name: value})
     assert one_line(e) and (name in str(e.value) or str(value) in str(e.value))

@@ -25,18 +25,22 @@ def tokenizer(**kind):
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['[PAD]', '[UNK]', '[CLS]', '[SEP]', *WORDS])}, unk_token='[UNK]'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     t.post_processor = processors.TemplateProcessing(single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, **dict(dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', eos_token='[SEP]'), **kind))
+    return PreTrainedTokenizerFast(tokenizer_object=t,
+                                   **dict(dict(pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]', eos_token='[SEP]'), **kind))
 
 def checkpoint(folder, kind):
     "A tiny random model with its tokenizer or image processor, as `hf download` would leave it."
     import transformers as T
     quiet_transformers(); torch.manual_seed(0)
     words, square = dict(vocab_size=4 + len(WORDS), pad_token_id=0, bos_token_id=2, eos_token_id=3), dict(height=32, width=32)
-    towers = dict(text_config=dict(SMALL, **words, max_position_embeddings=16, projection_dim=16, projection_size=16), vision_config=dict(SMALL, image_size=32, patch_size=8, projection_dim=16))
+    towers = dict(text_config=dict(SMALL, **words, max_position_embeddings=16, projection_dim=16, projection_size=16),
+                  vision_config=dict(SMALL, image_size=32, patch_size=8, projection_dim=16))
     model = dict(bert=lambda: T.BertModel(T.BertConfig(**SMALL, **words)), gpt2=lambda: T.GPT2Model(T.GPT2Config(n_embd=16, n_layer=1, n_head=2, **words)),
         t5=lambda: T.T5Model(T.T5Config(d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0, **words)),
-        vit=lambda: T.ViTForImageClassification(T.ViTConfig(**SMALL, image_size=32, patch_size=8)), resnet=lambda: T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])),
-        clip_text=lambda: T.CLIPTextModel(T.CLIPTextConfig(**towers['text_config'])), clip_vision=lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**towers['vision_config'])),
+        vit=lambda: T.ViTForImageClassification(T.ViTConfig(**SMALL, image_size=32, patch_size=8)),
+        resnet=lambda: T.ResNetModel(T.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])),
+        clip_text=lambda: T.CLIPTextModel(T.CLIPTextConfig(**towers['text_config'])),
+        clip_vision=lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**towers['vision_config'])),
         clip=lambda: T.CLIPModel(T.CLIPConfig(projection_dim=16, **towers)), siglip=lambda: T.SiglipModel(T.SiglipConfig(**towers)))[kind]().eval()
     model.save_pretrained(folder)
     if kind not in ('vit', 'resnet', 'clip_vision'): tokenizer(**dict(gpt2=dict(pad_token=None, padding_side='left')).get(kind, {})).save_pretrained(folder)
@@ -95,16 +99,20 @@ def test_sentence_transformers_pool_as_that_library_does(models, tmp_path, how):
     quiet_transformers()
     np.testing.assert_allclose(load_encoder(find_encoder('text', tmp_path/'st'))(TEXTS), theirs.encode(TEXTS), atol=1e-5)
     other = dict(mean='cls', cls='mean')[how]
-    np.testing.assert_allclose(load_encoder(find_encoder('text', f'{tmp_path}/st:{other}'))(TEXTS), load_encoder(find_encoder('text', f'{models("bert")[0]}:{other}'))(TEXTS), atol=1e-6)
-    flags = dict(word_embedding_dimension=16, pooling_mode_cls_token=how == 'cls', pooling_mode_mean_tokens=how == 'mean', pooling_mode_max_tokens=False)   # as older versions wrote it
+    np.testing.assert_allclose(load_encoder(find_encoder('text', f'{tmp_path}/st:{other}'))(TEXTS),
+                               load_encoder(find_encoder('text', f'{models("bert")[0]}:{other}'))(TEXTS), atol=1e-6)
+    flags = dict(word_embedding_dimension=16, pooling_mode_cls_token=how == 'cls', pooling_mode_mean_tokens=how == 'mean',
+                 pooling_mode_max_tokens=False)                                                                         # as older versions wrote it
     (tmp_path/'st/1_Pooling/config.json').write_text(json.dumps(flags)); (tmp_path/'st/sentence_bert_config.json').write_text('{"max_seq_length": 4}')
     np.testing.assert_allclose(load_encoder(find_encoder('text', tmp_path/'st'))(TEXTS[:1]), theirs.encode(TEXTS[:1]), atol=1e-5)
     theirs.max_seq_length = 4; np.testing.assert_allclose(load_encoder(find_encoder('text', tmp_path/'st'))(TEXTS), theirs.encode(TEXTS), atol=1e-5)
-    (tmp_path/'st/1_Pooling/config.json').write_text(json.dumps(dict(flags, pooling_mode_max_tokens=True))); assert 'which is not built here' in error(load_encoder, find_encoder('text', tmp_path/'st'))
+    (tmp_path/'st/1_Pooling/config.json').write_text(json.dumps(dict(flags, pooling_mode_max_tokens=True)))
+    assert 'which is not built here' in error(load_encoder, find_encoder('text', tmp_path/'st'))
 
 def test_an_encoder_that_cannot_be_had_is_one_line(models, tmp_path):
     bert, vit, clip = (models(k)[0] for k in ('bert', 'vit', 'clip'))
-    assert 'hf download nobody/nothing ' in error(find_encoder, 'text', 'nobody/nothing') and 'hf download minilm-l6-v3 ' in error(find_encoder, 'text', 'minilm-l6-v3:mean')
+    assert 'hf download nobody/nothing ' in error(find_encoder, 'text', 'nobody/nothing')
+    assert 'hf download minilm-l6-v3 ' in error(find_encoder, 'text', 'minilm-l6-v3:mean')
     assert 'no such folder' in error(find_encoder, 'image', '../x/y/z') and 'no such folder' in error(find_encoder, 'image', 'https://example.org/x')
     assert 'is a vit, which reads no text' in error(load_encoder, find_encoder('text', vit))
     assert 'is a bert, which reads no image' in error(load_encoder, find_encoder('image', bert))
@@ -115,14 +123,18 @@ def test_an_encoder_that_cannot_be_had_is_one_line(models, tmp_path):
     save_file({k: v for k, v in w.items() if 'layer.1' not in k}, part/'model.safetensors', metadata=dict(format='pt'))
     assert 'lacks 16 weights of a bert' in error(load_encoder, find_encoder('text', part))
     save_file({k: v for k, v in w.items() if 'pooler' not in k}, part/'model.safetensors', metadata=dict(format='pt'))
-    assert np.array_equal(load_encoder(find_encoder('text', part))(TEXTS), load_encoder(find_encoder('text', bert))(TEXTS))       # a BERT without pooler is whole to us
+    whole = load_encoder(find_encoder('text', part))(TEXTS)                                                             # without pooler it is whole to us
+    assert np.array_equal(whole, load_encoder(find_encoder('text', bert))(TEXTS))
     code = shutil.copytree(bert, tmp_path/'code'); c = json.loads((code/'config.json').read_text())
-    (code/'config.json').write_text(json.dumps(dict(c, model_type='mine', auto_map=dict(AutoConfig='mine.C', AutoModel='mine.M')))); (code/'mine.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")')
-    assert 'does not load' in error(load_encoder, find_encoder('text', code)) and not (tmp_path/'ran').exists()                   # code of a repository is never run
+    (code/'config.json').write_text(json.dumps(dict(c, model_type='mine', auto_map=dict(AutoConfig='mine.C', AutoModel='mine.M'))))
+    (code/'mine.py').write_text(f'open({str(tmp_path/"ran")!r}, "w")')
+    # code of a repository is never run
+    assert 'does not load' in error(load_encoder, find_encoder('text', code)) and not (tmp_path/'ran').exists()
 
 def test_weights_that_are_a_pickle_are_not_run(models, tmp_path):
     evil = shutil.copytree(models('bert')[0], tmp_path/'evil'); w = load_file(evil/'model.safetensors'); (evil/'model.safetensors').unlink()
-    torch.save(w, evil/'pytorch_model.bin'); np.testing.assert_allclose(load_encoder(find_encoder('text', evil))(TEXTS), load_encoder(find_encoder('text', models('bert')[0]))(TEXTS), atol=1e-6)
+    torch.save(w, evil/'pytorch_model.bin')
+    np.testing.assert_allclose(load_encoder(find_encoder('text', evil))(TEXTS), load_encoder(find_encoder('text', models('bert')[0]))(TEXTS), atol=1e-6)
     before = find_encoder('text', evil).key
     class Run:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'ran'),)
@@ -141,7 +153,8 @@ for n in ('me/kites', 'me/kites:mean'):
     except WorkbenchError as x: v = str(x)
     print(json.dumps([e.key, v]))"""
     def ask():
-        p = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, HF_HUB_CACHE=str(tmp_path/'hub'), HF_HUB_OFFLINE='1'), capture_output=True, text=True, timeout=120)
+        p = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, HF_HUB_CACHE=str(tmp_path/'hub'), HF_HUB_OFFLINE='1'), capture_output=True,
+                           text=True, timeout=120)
         assert p.returncode == 0, p.stderr[-2000:]
         keys, vectors = zip(*map(json.loads, p.stdout.splitlines())); assert keys == ('me--kites-' + commit[:12], 'me--kites-' + commit[:12] + '-mean')
         return vectors
@@ -191,8 +204,10 @@ def test_no_picture_stops_the_work(models, cache, tmp_path, capsys):
     add_features(data, ['image'], progress=False, encoders=vit); said = capsys.readouterr().out
     lost = [f'B{n:02}' for n in (1, 2, 3, 4, 8, 9)]
     assert [ids[i] for i in data.image_problems] == lost and said.count('\n') == 1 and '6 pictures could not be read' in said
-    assert '9000 x 9000 pixels' in data.image_problems[ids.index('B03')] and 'a strip' in data.image_problems[ids.index('B04')] and data.image_problems[ids.index('B09')].startswith('FileNotFound')
-    f = data.features['image']; assert [ids[i] for i in np.flatnonzero(~f.present)] == ['', *lost] and not f.values[~f.present].any() and f.values[f.present].any(1).all()
+    why = lambda i: data.image_problems[ids.index(i)]
+    assert '9000 x 9000 pixels' in why('B03') and 'a strip' in why('B04') and why('B09').startswith('FileNotFound')
+    f = data.features['image']
+    assert [ids[i] for i in np.flatnonzero(~f.present)] == ['', *lost] and not f.values[~f.present].any() and f.values[f.present].any(1).all()
     listed = json.loads(next(cache.glob('*/problems.json')).read_text()); assert [p['raw_id'] for p in listed] == lost and listed[0]['path'].endswith('B01.jpg')
     from dataclasses import replace
     again = add_features(replace(data, features={}, image_problems={}), ['image'], progress=False, encoders=vit)        # from the store, it is said again
@@ -229,18 +244,23 @@ features.add_features(load_dataset('toys', source='planted', planted_users=40, p
 '''
 
 def test_killed_encoding_goes_on_and_ends_the_same(models, tmp_path):
-    def start(cache, nap): return subprocess.Popen([sys.executable, '-c', ENCODE, tmp_path/cache, tmp_path/f'{cache}.log', *(models(k)[0] for k in ('bert', 'vit')), str(nap)],
-        cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    def counted(cache): lines = [l.split() for l in (tmp_path/f'{cache}.log').read_text().splitlines()]; return {m: sum(int(n) for k, n in lines if k == m) for m in ('text', 'image')}
+    def start(cache, nap):
+        cmd = [sys.executable, '-c', ENCODE, tmp_path/cache, tmp_path/f'{cache}.log', *(models(k)[0] for k in ('bert', 'vit')), str(nap)]
+        return subprocess.Popen(cmd, cwd=project_root(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def counted(cache):
+        lines = [l.split() for l in (tmp_path/f'{cache}.log').read_text().splitlines()]
+        return {m: sum(int(n) for k, n in lines if k == m) for m in ('text', 'image')}
     def finish(p): out, err = p.communicate(timeout=120); assert p.returncode == 0, err[-2000:]
     finish(start('straight', 0)); total = counted('straight')
     for m, other in (('text', 'bert'), ('image', 'vit')):                                                              # killed once in each modality
         p = start('killed', .1); end = time.time() + 120
-        while len(list((tmp_path/'killed'/'features').glob(f'.toys*-{other}-*.partial/*.npz'))) < 3: assert p.poll() is None and time.time() < end, p.stderr.read()[-2000:]; time.sleep(.01)
+        while len(list((tmp_path/'killed'/'features').glob(f'.toys*-{other}-*.partial/*.npz'))) < 3:
+            assert p.poll() is None and time.time() < end, p.stderr.read()[-2000:]; time.sleep(.01)
         p.send_signal(signal.SIGKILL); p.communicate()
         assert not list((tmp_path/'killed'/'features').glob(f'toys*-{other}-*/values.npy'))                             # nothing half written where others look
     finish(start('killed', 0)); again = counted('killed')
-    assert all(total[m] <= again[m] <= total[m] + 12 for m in total), (total, again)                                    # at most the chunk that was being encoded, twice over, and a batch
+    # at most the chunk that was being encoded, twice over, and a batch
+    assert all(total[m] <= again[m] <= total[m] + 12 for m in total), (total, again)
     stores = {c: sorted(p for p in (tmp_path/c/'features').iterdir() if p.is_dir()) for c in ('straight', 'killed')}
     assert [p.name for p in stores['straight']] == [p.name for p in stores['killed']] and len(stores['killed']) == 2
     for a, b in zip(*stores.values()):
@@ -259,17 +279,23 @@ def test_a_damaged_chunk_is_encoded_again(models, cache, monkeypatch):
 @pytest.mark.parametrize('hurt, said', [
     (lambda v, p: (np.save(v, np.where(np.arange(61)[:, None] == 5, np.nan, np.load(v)).astype(np.float32))), 'values.npy has NaN or inf in row 5 (item '),
     (lambda v, p: np.save(v, np.where(np.arange(61)[:, None] == 5, np.inf, np.load(v)).astype(np.float32)), 'has NaN or inf in row 5'),
-    (lambda v, p: v.write_bytes(v.read_bytes()[:-100]), 'values.npy is damaged'), (lambda v, p: v.write_bytes(b''), 'values.npy is damaged'), (lambda v, p: v.unlink(), 'values.npy is damaged'),
-    (lambda v, p: np.save(v, np.load(v)[:-1]), 'values.npy holds float32 [60, 16], not float32 [61, 16]'), (lambda v, p: np.save(v, np.load(v).astype(np.float64)), 'holds float64'),
-    (lambda v, p: np.save(v, np.load(v)[0]), 'values.npy holds float32 [16]'), (lambda v, p: np.save(v, np.array([{}]), allow_pickle=True), 'values.npy is damaged'),
-    (lambda v, p: np.save(p, np.ones(61, bool)), 'row 0'), (lambda v, p: np.save(p, np.zeros(61, bool)), 'row 1 (item '), (lambda v, p: np.save(p, np.zeros(61)), 'present.npy holds float64'),
+    (lambda v, p: v.write_bytes(v.read_bytes()[:-100]), 'values.npy is damaged'), (lambda v, p: v.write_bytes(b''), 'values.npy is damaged'),
+    (lambda v, p: v.unlink(), 'values.npy is damaged'),
+    (lambda v, p: np.save(v, np.load(v)[:-1]), 'values.npy holds float32 [60, 16], not float32 [61, 16]'),
+    (lambda v, p: np.save(v, np.load(v).astype(np.float64)), 'holds float64'),
+    (lambda v, p: np.save(v, np.load(v)[0]), 'values.npy holds float32 [16]'),
+    (lambda v, p: np.save(v, np.array([{}]), allow_pickle=True), 'values.npy is damaged'),
+    (lambda v, p: np.save(p, np.ones(61, bool)), 'row 0'), (lambda v, p: np.save(p, np.zeros(61, bool)), 'row 1 (item '),
+    (lambda v, p: np.save(p, np.zeros(61)), 'present.npy holds float64'),
     (lambda v, p: (v.parent/'problems.json').write_text('[{"item"'), 'problems.json is damaged')])
 def test_a_damaged_store_is_one_line(models, cache, hurt, said):
     bert = dict(text=models('bert')[0]); want = add_features(planted(), ['text'], progress=False, encoders=bert).features['text'].values.copy()
     folder = next(cache.glob('toys*')); copy = folder.with_name('copy'); shutil.copytree(folder, copy); hurt(copy/'values.npy', copy/'present.npy')
     shutil.rmtree(folder); copy.rename(folder)
-    message = error(add_features, planted(), ['text'], progress=False, encoders=bert); assert said in message and message.endswith(f'encode again: rm -r {folder}')
-    shutil.rmtree(folder); assert np.array_equal(add_features(planted(), ['text'], progress=False, encoders=bert).features['text'].values, want)   # the remedy works
+    message = error(add_features, planted(), ['text'], progress=False, encoders=bert)
+    assert said in message and message.endswith(f'encode again: rm -r {folder}')
+    # the remedy works
+    shutil.rmtree(folder); assert np.array_equal(add_features(planted(), ['text'], progress=False, encoders=bert).features['text'].values, want)
 
 def test_an_encoder_that_gives_nan_is_one_line_and_leaves_nothing(models, cache, tmp_path):
     sick = shutil.copytree(models('bert')[0], tmp_path/'sick'); w = load_file(sick/'model.safetensors'); w['embeddings.LayerNorm.weight'][0] = float('nan')
@@ -283,17 +309,21 @@ def test_a_wrong_name_writes_nothing(cache):
 
 # ---- vectors of one's own ----
 def test_own_vectors(tmp_path, cache, capsys):
-    data = planted(); ids = data.catalogue['raw_id'].to_list()[1:]; v = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32); f = tmp_path/'v.parquet'
+    data = planted(); ids = data.catalogue['raw_id'].to_list()[1:]; v = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    f = tmp_path/'v.parquet'
     frame = pl.DataFrame(dict(raw_id=ids, vector=v)); use = lambda: add_features(data, ['image'], encoders=dict(image=f)).features['image']
     frame[::-1].write_parquet(f); assert np.array_equal(use().values[1:], v) and capsys.readouterr().out == '' and not cache.exists()
     frame.with_columns(pl.col('vector').arr.to_list().cast(pl.List(pl.Float64))).write_parquet(f); assert np.array_equal(use().values[1:], v)
-    pl.concat([frame[:50], frame[:1].with_columns(raw_id=pl.lit('elsewhere'))]).write_parquet(f); assert use().present.sum() == 50 and not use().values[51:].any()
+    pl.concat([frame[:50], frame[:1].with_columns(raw_id=pl.lit('elsewhere'))]).write_parquet(f)
+    assert use().present.sum() == 50 and not use().values[51:].any()
     assert "1 of 51 ids in v.parquet are not in the catalogue and are left out, e.g. 'elsewhere'" in capsys.readouterr().out
 
 @pytest.mark.parametrize('make, said', [
-    (lambda t: t.with_columns(raw_id=pl.lit('x') + pl.col('raw_id')), 'none of its 60 ids is in the catalogue'), (lambda t: pl.concat([t, t[:1]]), 'more than once'),
+    (lambda t: t.with_columns(raw_id=pl.lit('x') + pl.col('raw_id')), 'none of its 60 ids is in the catalogue'),
+    (lambda t: pl.concat([t, t[:1]]), 'more than once'),
     (lambda t: t.rename(dict(raw_id='asin')), 'columns raw_id and vector'), (lambda t: t.with_columns(raw_id=pl.lit(1.5)), 'neither text nor whole numbers'),
-    (lambda t: t.with_columns(vector=pl.Series([[1.]*(2 + (k == 7)) for k in range(60)])), 'as many in each row'), (lambda t: t.with_columns(vector=pl.lit('1 2 3')), 'no list of numbers'),
+    (lambda t: t.with_columns(vector=pl.Series([[1.]*(2 + (k == 7)) for k in range(60)])), 'as many in each row'),
+    (lambda t: t.with_columns(vector=pl.lit('1 2 3')), 'no list of numbers'),
     (lambda t: t.with_columns(vector=pl.Series([[1., float('nan') if k == 7 else 2.] for k in range(60)])), 'row 7 (raw_id '),
     (lambda t: t.with_columns(vector=pl.Series([None if k == 7 else [1., 2.] for k in range(60)])), 'row 7 (raw_id '), (lambda t: t[:0], 'v.parquet')])
 def test_wrong_vectors_of_ones_own(tmp_path, make, said):
@@ -309,5 +339,7 @@ def test_movielens_posters_and_plots(cache):
     data = add_features(load_dataset('ml-100k', source='raw', max_users=2), progress=False); text, image = data.features['text'], data.features['image']
     assert text.present[1:].all() and image.present[1:].mean() > .95 and not data.image_problems
     unit = text.values[1:]/np.linalg.norm(text.values[1:], axis=1, keepdims=True); same = unit @ unit.T; np.fill_diagonal(same, 0)
-    genres = [set(c.split('|')) if c else set() for c in data.catalogue['category'][1:]]; pairs = [(same[a, b], bool(genres[a] & genres[b])) for a in range(len(genres)) for b in range(a)]
-    near = sorted(pairs, reverse=True)[:len(pairs)//20]; assert np.mean([g for _, g in near]) > np.mean([g for _, g in pairs]) + .1     # near in words, near in genre
+    genres = [set(c.split('|')) if c else set() for c in data.catalogue['category'][1:]]
+    pairs = [(same[a, b], bool(genres[a] & genres[b])) for a in range(len(genres)) for b in range(a)]
+    # near in words, near in genre
+    near = sorted(pairs, reverse=True)[:len(pairs)//20]; assert np.mean([g for _, g in near]) > np.mean([g for _, g in pairs]) + .1

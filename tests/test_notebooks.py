@@ -76,10 +76,24 @@ def test_small(path):
     long = [len(source(c).splitlines()) for c in code_cells(nb) if len(source(c).splitlines()) > 45]
     assert not long, f'code cells of {long} lines (45 at most): split them'
 
+def too_long(text): return [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 160]
+
+@each(NBS)
+def test_line_length_of_notebooks(path):
+    "Prose may run on, and a parameter stands on one line with its meaning."
+    cells = [(k, c) for k, c in enumerate(read(path)['cells']) if c['cell_type'] == 'code' and 'parameters' not in tags(c)]
+    long = [f'cell {k}, line {n}' for k, c in cells for n in too_long(source(c))]
+    assert not long, f'{name(path)} has lines of code over 160 characters: {long}'
+
+def test_line_length_of_scripts():
+    long = [f'{name(p)}:{n}' for d in ('tests', 'benchmarks', 'tools') for p in sorted((ROOT/d).glob('*.py')) for n in too_long(p.read_text('utf-8'))]
+    assert not long, f'lines over 160 characters: {long}'
+
 @each(NBS)
 def test_nothing_skipped(path):
     assert skips(path) == any(fnmatch(name(path), g) for g in MAY_SKIP), 'skip_exec belongs to train_* and compare_runs, to all of them and to no other'
-    if not skips(path): assert not [source(c)[:60] for c in code_cells(read(path)) if re.search(r'^#\| *(eval: *false|notest|slow|cuda)\b', source(c), re.M | re.I)]
+    if not skips(path):
+        assert not [source(c)[:60] for c in code_cells(read(path)) if re.search(r'^#\| *(eval: *false|notest|slow|cuda)\b', source(c), re.M | re.I)]
 
 def test_no_hidden_corner():
     odd = [name(p) for p in (ROOT/'nbs').rglob('*') if (p.name == '.notest' or p.suffix == '.ipynb' and p not in NBS)
@@ -119,4 +133,5 @@ def test_no_place_of_one_machine():
 def test_no_quarto():
     "quarto is not at hand everywhere: nothing that make or .ci runs may want it."
     for p in (ROOT/'Makefile', ROOT/'.ci'/'run', *(ROOT/'tools').glob('*')):
-        if p.is_file(): assert not re.search(r'nbdev_(prepare|readme|docs|preview|proc_nbs)|^[^#\n]*quarto (render|install)', p.read_text('utf-8'), re.M), name(p)
+        if p.is_file():
+            assert not re.search(r'nbdev_(prepare|readme|docs|preview|proc_nbs)|^[^#\n]*quarto (render|install)', p.read_text('utf-8'), re.M), name(p)

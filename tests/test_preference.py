@@ -73,7 +73,8 @@ def test_shapes_that_do_not_fit_are_refused_not_broadcast(policy, reference, bet
         with pytest.raises(WorkbenchError): loss(torch.zeros(policy), torch.zeros(reference), beta=beta)
 
 def test_a_loss_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path/'my_losses.py').write_text('def hinge(policy, reference, *, beta): return (1 - beta*((policy - reference)[:, 0] - (policy - reference)[:, 1])).clamp(min=0)\nnumber = 3\n')
+    (tmp_path/'my_losses.py').write_text('def hinge(policy, reference, *, beta):\n    d = policy - reference\n'
+                                         '    return (1 - beta*(d[:, 0] - d[:, 1])).clamp(min=0)\nnumber = 3\n')
     monkeypatch.syspath_prepend(tmp_path)
     assert float(get_loss('my_losses:hinge')(torch.tensor([[-4., -5.]]), torch.tensor([[-6., -5.5]]), beta=.1)) == pytest.approx(.85)
     for name in ('dp', 'my_losses', 'my_losses:hing', 'my_losses:number', 'no_such_module:f', ':f', 'my_losses:', ''):
@@ -127,7 +128,8 @@ def test_responsiveness_is_bounded_free_of_order_and_of_scale(g, scale):
     assert 0 <= eta < 1.3680 and responsiveness(torch.tensor(g[::-1], dtype=torch.float64)) == pytest.approx(eta, abs=1e-6)
     if abs(np.mean(g)) > 1e-3: assert responsiveness(scale*torch.tensor(g, dtype=torch.float64)) == pytest.approx(eta, rel=1e-6, abs=1e-9)
 
-@pytest.mark.parametrize('g, eta', [([], 1.), ([3.], 1.), ([3., -9.], 1.), ([0., 0., 0.], 1.), ([2., 2., 2., 2.], 1.), ([1e-9, 2e-9, 3e-9], None), ([-5., .1, .1, .1], .478736/.731059), ([-.3, .1, .1, .2], None)])
+@pytest.mark.parametrize('g, eta', [([], 1.), ([3.], 1.), ([3., -9.], 1.), ([0., 0., 0.], 1.), ([2., 2., 2., 2.], 1.), ([1e-9, 2e-9, 3e-9], None),
+                                    ([-5., .1, .1, .1], .478736/.731059), ([-.3, .1, .1, .2], None)])
 def test_responsiveness_by_hand(g, eta):
     if eta is None: # the formula, written once more
         a = np.array(g); a = a/a.mean() if abs(a.mean()) > 1e-8 else a/max(np.abs(a).mean(), 1e-8)
@@ -139,8 +141,10 @@ def test_beta_carries_no_gradient_and_a_harder_pair_gets_less():
     b = adaptive_beta(D, lam, .1)
     assert not b.requires_grad and b.shape == (6, 2) and b.dtype == D.dtype and (b.diff(dim=0) > 0).all()
     torch.testing.assert_close(adaptive_beta(D, lam[:, None].expand(6, 2), .1), b)
-    policy = torch.randn(6, 3, requires_grad=True); hanorec(policy, torch.zeros(6, 3), beta=adaptive_beta(gaps(policy, torch.zeros(6, 3)), lam, .1)).sum().backward()
-    fixed = policy.detach().requires_grad_(); hanorec(fixed, torch.zeros(6, 3), beta=adaptive_beta(gaps(fixed, torch.zeros(6, 3)), lam, .1).clone()).sum().backward()
+    policy = torch.randn(6, 3, requires_grad=True)
+    hanorec(policy, torch.zeros(6, 3), beta=adaptive_beta(gaps(policy, torch.zeros(6, 3)), lam, .1)).sum().backward()
+    fixed = policy.detach().requires_grad_()
+    hanorec(fixed, torch.zeros(6, 3), beta=adaptive_beta(gaps(fixed, torch.zeros(6, 3)), lam, .1).clone()).sum().backward()
     torch.testing.assert_close(policy.grad, fixed.grad)
 
 # ---- noise ----
@@ -189,7 +193,8 @@ def test_transformers_own_checkpointing():
     from transformers import LlamaConfig, LlamaForCausalLM
     def run(on):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2))
+        config = LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+        model = LlamaForCausalLM(config)
         model = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, lora_dropout=.1, target_modules='all-linear')).train()
         if on: model.enable_input_require_grads(); model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=on == 'reentrant'))
         ids, calls = torch.arange(20).reshape(2, 10), []; lora_pairs(model)[0][0].register_forward_hook(lambda *a: calls.append(1)); torch.manual_seed(1)

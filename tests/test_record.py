@@ -36,7 +36,8 @@ def test_a_running_run_shows_what_it_has(tmp_path):
     (path/'metrics.parquet').unlink()
     assert row(tmp_path, path)['status'] == 'running'
 
-FOREIGN = {'a list': '[1, 2]', 'no seed': '{"method": "x", "dataset": "x", "source": "raw", "params": {}, "status": "finished"}', 'half': '{"method": "dpo", "da', 'empty': '', 'deep': '['*100_000,
+FOREIGN = {'a list': '[1, 2]', 'no seed': '{"method": "x", "dataset": "x", "source": "raw", "params": {}, "status": "finished"}',
+    'half': '{"method": "dpo", "da', 'empty': '', 'deep': '['*100_000,
     'seed is text': '{"method": "x", "dataset": "x", "source": "raw", "seed": "0", "params": {}, "status": "finished"}', 'bytes': b'\xff\xfe\x00'}
 
 @pytest.mark.parametrize('what', FOREIGN)
@@ -50,7 +51,8 @@ def test_a_damaged_run_json_is_a_row(tmp_path, what):
 
 def test_what_is_no_run_is_passed_over(tmp_path):
     path = make(tmp_path, **{'auc/model': .7})
-    (tmp_path/'notes.txt').write_text('x'); (tmp_path/'empty').mkdir(); (tmp_path/'.ipynb_checkpoints').mkdir(); (tmp_path/'half').mkdir(); (tmp_path/'half'/'metrics.parquet').write_bytes(b'PAR1')
+    (tmp_path/'notes.txt').write_text('x'); (tmp_path/'empty').mkdir(); (tmp_path/'.ipynb_checkpoints').mkdir(); (tmp_path/'half').mkdir()
+    (tmp_path/'half'/'metrics.parquet').write_bytes(b'PAR1')
     (tmp_path/'folder').mkdir(); (tmp_path/'folder'/'run.json').mkdir()
     assert set(runs_table(tmp_path)['run']) <= {path.name, 'folder'} and row(tmp_path, path)['status'] == 'finished'
 
@@ -91,7 +93,8 @@ def test_a_thousand_runs_in_seconds(tmp_path):
 def test_a_follower_writes_nothing(tmp_path):
     "Rank 1 of an accelerate launch goes through the writer's code, before, while and after the writer has the lock."
     def code(run):
-        run.update(x=1); run.log(1, 'train', loss=.5); run.rewind('train', 0); run.save('ranks', pl.DataFrame(dict(user=[1]))); run.flush(); run.finish(); return run
+        run.update(x=1); run.log(1, 'train', loss=.5); run.rewind('train', 0); run.save('ranks', pl.DataFrame(dict(user=[1])))
+        run.flush(); run.finish(); return run
     files = lambda: {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
     how = dict(method='dpo', dataset='toys', seed=0, params=dict(beta=.1), fingerprint='f', source='planted', out_dir=tmp_path)
     with pytest.raises(WorkbenchError, match='no run.json'), open_run(**how, writer=False): pass

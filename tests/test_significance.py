@@ -50,14 +50,17 @@ def test_wilcoxon_is_scipys_on_values_averaged_over_seeds(metric, gain):
     g = np.random.default_rng(4); ranks = {a: g.integers(1, 8 - k, (3, 150)) for k, a in enumerate('ab')}
     r = compare({a: [pl.DataFrame(dict(user=np.arange(150), rank=x)) for x in xs] for a, xs in ranks.items()}, 'a', metric).row(0, named=True)
     a, b = (gain(ranks[x]).mean(0) for x in 'ab')
-    assert r['p'] == pytest.approx(wilcoxon((b - a).round(12)).pvalue, rel=1e-9) and r['difference'] == pytest.approx((b - a).mean()) and r['value'] == pytest.approx(b.mean())
+    assert r['p'] == pytest.approx(wilcoxon((b - a).round(12)).pvalue, rel=1e-9)
+    assert r['difference'] == pytest.approx((b - a).mean()) and r['value'] == pytest.approx(b.mean())
     assert r['high'] - r['low'] == pytest.approx(2*1.96*(b - a).std()/np.sqrt(150), rel=.1) and (r['n_users'], r['seeds']) == (150, 3)
 
 def test_a_list_tasks_own_column_and_unnamed_ranks():
     users = np.arange(40); g = np.random.default_rng(5); recall = g.random(40)
-    t = compare(dict(a=[pl.DataFrame({'user': users, 'recall@3': recall})], b=[pl.DataFrame({'user': users, 'recall@3': recall + .1})]), 'a', 'recall@3').row(0, named=True)
+    arms = dict(a=[pl.DataFrame({'user': users, 'recall@3': recall})], b=[pl.DataFrame({'user': users, 'recall@3': recall + .1})])
+    t = compare(arms, 'a', 'recall@3').row(0, named=True)
     assert [t['difference'], t['low'], t['high']] == pytest.approx([.1]*3) and t['p'] < 1e-6
-    named = compare(dict(a=[pl.DataFrame(dict(user=users, rank=[1]*40))], b=[pl.DataFrame(dict(user=users, rank=[1]*20 + [None]*20))]), 'a', 'HR@3').row(0, named=True)
+    arms = dict(a=[pl.DataFrame(dict(user=users, rank=[1]*40))], b=[pl.DataFrame(dict(user=users, rank=[1]*20 + [None]*20))])
+    named = compare(arms, 'a', 'HR@3').row(0, named=True)
     assert named['value'] == .5 and named['difference'] == -.5
 
 @pytest.mark.parametrize('metric', ['auc', 'HR@1'])
@@ -109,7 +112,8 @@ def test_several_questions_of_a_user_are_one_user():
     assert many['n_users'] == 100 and all(many[k] == pytest.approx(one[k]) for k in ('difference', 'low', 'high', 'p'))
 
 def test_small_p():
-    assert bootstrap_p(np.ones(1999)) == pytest.approx(.001) and signed_rank([.1 + .2]*5, [.3]*5) == 1 and signed_rank(range(1, 7), [0]*6) == pytest.approx(1/32)
+    assert bootstrap_p(np.ones(1999)) == pytest.approx(.001)
+    assert signed_rank([.1 + .2]*5, [.3]*5) == 1 and signed_rank(range(1, 7), [0]*6) == pytest.approx(1/32)
 
 FRAMES = dict(a=[pl.DataFrame(dict(user=[1, 2, 3, 4], label=[0, 1, 0, 1], log_odds=[.1, .2, .3, .4], rank=[1, 2, 3, 4]))])
 def changed(**columns): return dict(a=FRAMES['a'], b=[FRAMES['a'][0].with_columns(**{c: pl.Series(v) for c, v in columns.items()})])

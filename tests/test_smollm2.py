@@ -33,7 +33,8 @@ def test_it_can_read_and_sees_what_the_encoder_sees(backbone, data):
     assert 'Paris' in processor.tokenizer.decode(model.generate(**x, max_new_tokens=12, do_sample=False)[0])
     image = next(im for i in range(1, data.n_items + 1) if (im := data.image(i)) is not None)
     pixels = processor.image_processor([image], return_tensors='pt')['pixel_values']
-    mine, theirs = model.model.vision_tower(pixels).last_hidden_state[0, 0], torch.as_tensor(load_encoder(find_encoder('image', 'efficientnet-lite0'))([image])[0])
+    mine = model.model.vision_tower(pixels).last_hidden_state[0, 0]
+    theirs = torch.as_tensor(load_encoder(find_encoder('image', 'efficientnet-lite0'))([image])[0])
     assert torch.cosine_similarity(mine, theirs, dim=0) > .99
     again, other = load_backbone('smollm2', seed=0)[0], load_backbone('smollm2', seed=1)[0]
     first = lambda m: m.model.multi_modal_projector.linear_1.weight
@@ -47,7 +48,8 @@ def test_both_stages(backbone, data, tmp_path):
     how = dict(out_dir=tmp_path, epochs=1, examples_per_user=1, batch_size=4, backbone='smollm2', hardness_from='backbone', lr=1e-3, preference_lr=1e-3)
     sft = train_sft(data, **how); run = train_preference(data, sft, **how)
     names = lambda folder: list(safe_open(folder/'adapter_model.safetensors', 'pt').keys())
-    assert sum('multi_modal_projector' in n for n in names(sft.path/'adapter')) == 4 and not any('multi_modal_projector' in n for n in names(run.path/'adapter'))
+    assert sum('multi_modal_projector' in n for n in names(sft.path/'adapter')) == 4
+    assert not any('multi_modal_projector' in n for n in names(run.path/'adapter'))
     assert sum('lora_A' in n for n in names(run.path/'adapter')) == 30*7
     test, base = questions(data, 'test', settled(how)), backbone[0]
     trained, _ = load_run(sft.path).model()

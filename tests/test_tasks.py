@@ -47,7 +47,9 @@ def test_facts_of_every_example(data, task, split, seed):
         shown = set(r.get('candidates', true + r['negative']))
         others, unseen_in = shown - set(true), items[:-2] if split == 'train' and task != 'top3' else items
         assert set(true) <= shown and set(r['negative']) <= others and not others & set(unseen_in) and all(1 <= i <= data.n_items for i in shown)
-        if task == 'yes_no': assert [r['target']] == (r['positive'] if r['label'] else r['negative']) and (r['chosen'], r['rejected'])[::1 if r['label'] else -1] == ('Yes', 'No'); continue
+        if task == 'yes_no':
+            assert [r['target']] == (r['positive'] if r['label'] else r['negative'])
+            assert (r['chosen'], r['rejected'])[::1 if r['label'] else -1] == ('Yes', 'No'); continue
         assert r['target'] == true[0] and len(r['candidates']) == len(shown) == dict(top3=7, pick_one=10)[task]
         assert r['chosen'].split('\n') == [shown_title(data, i) for i in true] and r['rejected'].split('\n') == [shown_title(data, i) for i in r['negative']]
         assert len({folded(shown_title(data, i)) for i in shown}) == len(shown)
@@ -89,7 +91,8 @@ def test_no_wrong_titles():
             for r in e.to_dicts():
                 assert not blank & set(r['candidates']) and len({folded(shown_title(d, i)) for i in r['candidates']}) == len(r['candidates'])
                 past = {folded(shown_title(d, i)) for i in r['history']}
-                assert not any(folded(shown_title(d, i)) in past for i in r['candidates'] if i not in r['positive']) and '\n' not in r['chosen'].replace('\n', '', len(r['positive']) - 1)
+                assert not any(folded(shown_title(d, i)) in past for i in r['candidates'] if i not in r['positive'])
+                assert '\n' not in r['chosen'].replace('\n', '', len(r['positive']) - 1)
             if task == 'pick_one':
                 gone = examples(plain, task, split, 0).filter(pl.col('target').is_in(list(blank))).height
                 assert e.height == examples(plain, task, split, 0).height - gone and why['a true item without a title'] == gone
@@ -97,10 +100,13 @@ def test_no_wrong_titles():
     why = Counter(); left = sum(examples(d, 'top3', s, 0, left_out=why).height for s in SPLITS)
     same = lambda s: len({folded(shown_title(d, i)) for i in s[-3:]}) < 3
     long = [s for s in sequences if len(s) >= 6]; untitled = [bool(blank & set(s[-3:].tolist())) for s in long]
-    assert why['a true item without a title'] == sum(untitled) and why['true items with the same title'] == sum(same(s) and not u for s, u in zip(long, untitled)) and left == sum(not u and not same(s) for s, u in zip(long, untitled))
+    assert why['a true item without a title'] == sum(untitled)
+    assert why['true items with the same title'] == sum(same(s) and not u for s, u in zip(long, untitled))
+    assert left == sum(not u and not same(s) for s, u in zip(long, untitled))
 
 def test_errors_name_the_remedy(data):
-    wrong = [(('pick_two', 'test'), {}, 'top3'), (('top3', 'dev'), {}, 'valid'), (('pick_one', 'test'), dict(candidates=1), 'at least 2'), (('pick_one', 'test'), dict(candidates=58), 'too few unseen items')]
+    wrong = [(('pick_two', 'test'), {}, 'top3'), (('top3', 'dev'), {}, 'valid'), (('pick_one', 'test'), dict(candidates=1), 'at least 2'),
+             (('pick_one', 'test'), dict(candidates=58), 'too few unseen items')]
     for args, more, text in wrong:
         with pytest.raises(WorkbenchError, match=text) as e: examples(data, *args, 0, **more)
         assert '\n' not in str(e.value)
@@ -115,7 +121,8 @@ def test_prompt_shows_what_is_asked_and_no_answer(data, task):
     for e in examples(data, task, 'test', 0).to_dicts():
         messages, shown = prompt(data, e); text = ''.join(c.get('text', '[picture]') for c in messages[0]['content'])
         pictured = e['history'] + ([e['target']] if task == 'yes_no' else [])
-        assert shown == [i for i in pictured if data.image(i) is not None] and text.count('[picture]') == len(shown) and text.count('[picture]') + text.count('no picture') == len(pictured)
+        assert shown == [i for i in pictured if data.image(i) is not None]
+        assert text.count('[picture]') == len(shown) and text.count('[picture]') + text.count('no picture') == len(pictured)
         if task != 'yes_no': assert text.splitlines()[-len(e['candidates']):] == [shown_title(data, i) for i in e['candidates']]
         assert (messages, shown) == prompt(data, e | dict(chosen='?', rejected='?', positive=e['positive'][::-1]))
 
@@ -132,14 +139,16 @@ def test_answers_stand_behind_their_prompts(backbone, data, task):
             mask = (x['labels'][row] != -100) if 'labels' in x else x['completion_mask'][row].bool()
             assert torch.equal(ids[:len(ask)], ask) and torch.equal(ids[len(ask):], x['input_ids'][row][mask]) and said(ids[len(ask):]) == answer
             assert ids[-1] == processor.tokenizer.eos_token_id and (ids[len(ask):] == ids[-1]).sum() == 1
-    for name in set(none) - {'input_ids', 'attention_mask', 'mm_token_type_ids', 'token_type_ids'}: assert torch.equal(pair[name], torch.cat([none[name]]*2)) and torch.equal(right[name], none[name])
+    for name in set(none) - {'input_ids', 'attention_mask', 'mm_token_type_ids', 'token_type_ids'}:
+        assert torch.equal(pair[name], torch.cat([none[name]]*2)) and torch.equal(right[name], none[name])
     assert pair['weight'].tolist() == [.5, 1.5, 2.5] and 'weight' not in right
 
 def test_the_end_of_a_turn(data, tiny):
     "A template that writes more after it, and one that does not mark it (as LLaVA-1.5's)."
     processor = tiny[1]; chat = processor.chat_template
     try:
-        processor.chat_template = chat.replace('</s>', '</s>\n'); c = Collator(data, processor, 'right'); assert c.tail('Yes')[-1] == processor.tokenizer.eos_token_id == c.stops[0] and len(c.stops) == 1
+        processor.chat_template = chat.replace('</s>', '</s>\n'); c = Collator(data, processor, 'right')
+        assert c.tail('Yes')[-1] == processor.tokenizer.eos_token_id == c.stops[0] and len(c.stops) == 1
         processor.chat_template = chat.replace('</s>', ' '); assert Collator(data, processor, 'right').tail('Yes') == c.tail('Yes')
         processor.chat_template = chat.replace("{{ c['text'] }}", "{{ c['text'] | upper }}")
         with pytest.raises(WorkbenchError, match='answer as it is'): Collator(data, processor, 'right')
@@ -171,7 +180,8 @@ def test_a_constant_scorer_is_last(tiny):
     d = planted(); d.catalogue = d.catalogue.with_columns(title=pl.Series(['', *signs[:60]]))
     n, processor = len(tiny[1].tokenizer), tiny[1]
     for task, places_ in (('top3', 7), ('pick_one', 10)):
-        some = examples(d, task, 'valid', 0); lengths = {len(Collator(d, processor, 'none').tail(shown_title(d, i))) for i in some['candidates'].explode().unique()}
+        some = examples(d, task, 'valid', 0)
+        lengths = {len(Collator(d, processor, 'none').tail(shown_title(d, i))) for i in some['candidates'].explode().unique()}
         s = score_candidates(Constant(n), processor, d, some, progress=False)
         assert lengths == {2} and set(s['rank']) == {places_} and set(s['ranks'].explode()) == {places_}
         np.testing.assert_allclose(np.stack(s['scores']), -2*np.log(n), rtol=1e-6)
@@ -186,7 +196,8 @@ def test_who_knows_the_truth_beats_chance():
     for task, split, k, n in (('top3', 'train', 3, 7), ('pick_one', 'test', 1, 10)):
         e = examples(d, task, split, 0); rows = e.to_dicts(); found = {}
         for who in ('oracle', 'random'):
-            s = torch.stack([torch.as_tensor(oracle(r['history'], r['times'], r['when'], r['candidates'])) if who == 'oracle' else torch.rand(n, generator=g) for r in rows])
+            score = lambda r: oracle(r['history'], r['times'], r['when'], r['candidates']) if who == 'oracle' else torch.rand(n, generator=g)
+            s = torch.stack([torch.as_tensor(score(r)) for r in rows])
             all_r = torch.stack([ranks(s, torch.tensor([r['candidates'].index(r['positive'][j]) for r in rows])) for j in range(len(rows[0]['positive']))], 1)
             found[who] = [float(hit(all_r[:, 0], k).mean()), float(ndcg(all_r[:, 0], k).mean()), float(recall(all_r, k).mean())]
         chance = [uniform(hit, k, n), uniform(ndcg, k, n), k/n]; error = 3*.5/len(rows)**.5
@@ -216,12 +227,14 @@ def test_answers_known_beforehand(data, tiny):
     processor, e = tiny[1], examples(data, 'top3', 'train', 0)                                       # histories of one length: in their order
     write = lambda texts, **k: generate_answers(Writer(Collator(data, processor, 'none'), texts), processor, data, e, progress=False, **k)
     g = write(e['chosen'].to_list()); r = places(g['ranks'])
-    assert g['valid'].all() and g['named'].to_list() == e['positive'].to_list() and set(g['rank']) == {1} and r.tolist() == [[1, 2, 3]]*e.height and g['answer'].equals(e['chosen'].rename('answer'))
+    assert g['valid'].all() and g['named'].to_list() == e['positive'].to_list() and g['answer'].equals(e['chosen'].rename('answer'))
+    assert set(g['rank']) == {1} and r.tolist() == [[1, 2, 3]]*e.height
     assert recall(r, 3).mean() == hit(r[:, 0], 3).mean() == valid_ratio(g['valid'].to_list()) == 1
     g = write(e['rejected'].to_list()); r = places(g['ranks'])
     assert g['valid'].all() and g['named'].to_list() == e['negative'].to_list() and g['rank'].is_null().all() and recall(r, 3).sum() == 0
     last_two = ['\n'.join(t.split('\n')[:0:-1]) for t in e['chosen']]; g = write(last_two); r = places(g['ranks'])
-    assert not g['valid'].any() and g['rank'].is_null().all() and [x[1:] for x in g['ranks'].to_list()] == [[2, 1]]*e.height and torch.allclose(recall(r, 3), torch.tensor(2/3).double())
+    assert not g['valid'].any() and g['rank'].is_null().all() and [x[1:] for x in g['ranks'].to_list()] == [[2, 1]]*e.height
+    assert torch.allclose(recall(r, 3), torch.tensor(2/3).double())
     assert not write(['I think:\n' + t for t in e['chosen']])['valid'].any() and set(write(['So:\n' + t for t in e['chosen']])['rank']) <= {2}
     assert not write([t.upper() for t in e['chosen']], max_new_tokens=2)['valid'].any()
     tokens = lambda i: len(Collator(data, processor, 'none').tail(shown_title(data, i)))
@@ -247,7 +260,8 @@ def test_sampling_is_reproducible(data, tiny):
     draw = lambda seed, **k: generate_answers(*tiny, data, e, 'sampled', seed, max_new_tokens=6, progress=False, **k)
     assert draw(0).equals(draw(0)) and not draw(0).equals(draw(1)) and torch.equal(torch.get_rng_state(), state)
     y = examples(data, 'yes_no', 'test', 0); say = lambda seed, size=32: score_yes_no(*tiny, data, y, size, False, 'sampled', seed)
-    assert say(0).select('answer').equals(say(0, 7).select('answer')) and not say(0).equals(say(1)) and say(0)['p_yes'].equals(score_yes_no(*tiny, data, y, progress=False)['p_yes'])
+    assert say(0).select('answer').equals(say(0, 7).select('answer')) and not say(0).equals(say(1))
+    assert say(0)['p_yes'].equals(score_yes_no(*tiny, data, y, progress=False)['p_yes'])
     for f in (generate_answers, score_yes_no):
         with pytest.raises(WorkbenchError, match='greedy'): f(*tiny, data, e, decoding='beam')
 
@@ -261,5 +275,6 @@ def test_what_was_learnt_is_what_is_written(data):
         loss = model(**x, use_cache=False).loss; loss.backward(); step.step(); step.zero_grad()
         if loss < .005: break
     g = generate_answers(model, processor, data, e, batch_size=2, progress=False); after = score_candidates(model, processor, data, e, progress=False)
-    assert loss < .05 and model.training and g['answer'].to_list() == e['chosen'].to_list() and g['valid'].all() and g['rank'].to_list() == after['rank'].to_list() == [1, 1, 1]
+    assert loss < .05 and model.training and g['answer'].to_list() == e['chosen'].to_list() and g['valid'].all()
+    assert g['rank'].to_list() == after['rank'].to_list() == [1, 1, 1]
     assert (np.stack(after['scores']).max(1) > np.stack(before['scores']).max(1)).all()

@@ -12,7 +12,8 @@ def papermill(tmp, timeout=300, **params):
     "The finished process of `papermill nbs/train_hanorec.ipynb`, its notebook and its run folders."
     out, runs = tmp/'out.ipynb', tmp/'runs'
     args = [a for k, v in {'out_dir': runs, **params}.items() for a in ('-p', k, str(v))]
-    p = subprocess.run([str(Path(sys.executable).parent/'papermill'), 'nbs/train_hanorec.ipynb', str(out), *args], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    p = subprocess.run([str(Path(sys.executable).parent/'papermill'), 'nbs/train_hanorec.ipynb', str(out), *args], cwd=ROOT, capture_output=True, text=True,
+                       timeout=timeout)
     return p, out, runs
 
 def figures(notebook):

@@ -17,19 +17,22 @@ def pairs(delta, items=20):
                              delta=np.asarray(delta, float), weight=1 + np.asarray(delta, float)/4))
 
 def items(n=20, thumbnail=None, title='item'):
-    return pl.DataFrame(dict(id=range(1, n + 1), title=[f'{title} {i}' for i in range(1, n + 1)], category=['c']*n, thumbnail=[thumbnail]*n), schema_overrides=dict(thumbnail=pl.Binary))
+    return pl.DataFrame(dict(id=range(1, n + 1), title=[f'{title} {i}' for i in range(1, n + 1)], category=['c']*n, thumbnail=[thumbnail]*n),
+                        schema_overrides=dict(thumbnail=pl.Binary))
 
 def noise_png(size=96):
     out = io.BytesIO(); Image.fromarray(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)).save(out, 'PNG'); return out.getvalue()
 
 def metrics(split='preference', steps=30, **values):
-    return pl.concat([pl.DataFrame(dict(step=range(1, steps + 1), split=split, name=n, value=np.broadcast_to(np.asarray(v, float), steps))) for n, v in values.items()])
+    return pl.concat([pl.DataFrame(dict(step=range(1, steps + 1), split=split, name=n, value=np.broadcast_to(np.asarray(v, float), steps)))
+                      for n, v in values.items()])
 
 def words(fig): return [a.text for a in fig.layout.annotations]
 def named(fig): return {t.name: t for t in fig.data}
 
 CARD = dict(counts=pl.DataFrame(dict(name=['users'], value=[3.])), lengths=pl.DataFrame(dict(length=[3], users=[3])),
-            coverage=pl.DataFrame(dict(modality=['text'], present=[0], total=[0], share=[float('nan')])), category=pl.DataFrame(dict(category=[None], items=[4], images=[0]), schema_overrides=dict(category=pl.String)))
+            coverage=pl.DataFrame(dict(modality=['text'], present=[0], total=[0], share=[float('nan')])),
+            category=pl.DataFrame(dict(category=[None], items=[4], images=[0]), schema_overrides=dict(category=pl.String)))
 
 
 # ---- nothing to draw -> one clear line
@@ -107,7 +110,8 @@ def test_thumbnails_are_small_and_safe():
 def test_curves_draw_the_frame():
     m = metrics(beta_mean=.1, beta_min=.09, beta_max=.11, responsiveness=np.linspace(.9, 1.1, 30))
     t = named(beta_curves(m, beta_0=.1))
-    assert set(t['mean'].y) == {.1} and set(t['smallest'].y) == {.09} and set(t['smallest to largest'].y) == {.11} and np.allclose(t['η'].y, np.linspace(.9, 1.1, 30))
+    assert set(t['mean'].y) == {.1} and set(t['smallest'].y) == {.09} and set(t['smallest to largest'].y) == {.11}
+    assert np.allclose(t['η'].y, np.linspace(.9, 1.1, 30))
 
 def test_constant_beta_without_responsiveness():
     fig = beta_curves(metrics(beta_mean=.1, steps=5000), beta_0=.1)
@@ -144,7 +148,8 @@ def test_categories_are_cut_but_not_merged():
     assert list(t['items'].x) == [2, 1] and list(t['of these with a picture'].x) == [1, 1]
 
 def test_results_hold_unusual_scores():
-    def table(**scores): return result_table(pl.DataFrame(dict(step=0, split='test', name=[n.replace('__', '/') for n in scores], value=list(map(float, scores.values())))))
+    def table(**scores):
+        return result_table(pl.DataFrame(dict(step=0, split='test', name=[n.replace('__', '/') for n in scores], value=list(map(float, scores.values())))))
     fig = table(auc__model=.4, auc__popularity=.7, auc__random=np.nan)
     assert named(fig)['AUC'].text == ('<b>0.700</b>', '0.400', '–') and list(named(fig)['AUC, drawn'].x) == [.7, .4]
     assert 'AUC, drawn' not in named(table(hit__model=.4)) and 'AUC, drawn' not in named(table(auc__model=np.nan))

@@ -30,17 +30,19 @@ PLACE_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEX
 def disk_errors(
     path: str|Path # what is being written
 ):
-    "A full, locked or impossible place in one line. Libraries report a full disk in their own ways (torch as RuntimeError), so with under 1 MB free any error counts as that."
+    "A full, locked or impossible place in one line. With under 1 MB free any error counts as a full disk: libraries report it in their own ways."
     try: yield
     except WorkbenchError: raise
     except Exception as e:
         if not (why := _why(e, Path(path).absolute())): raise
-        raise WorkbenchError(f'{path} cannot be written ({why}): free or unlock the place, or choose another, and run again; nothing was half written') from None
+        raise WorkbenchError(f'{path} cannot be written ({why}): free or unlock the place, or choose another, and run again; '
+                             'nothing was half written') from None
 
 def _why(e, path):
     "What the disk has against `path`; None if the error is about something else."
     at = Path(getattr(e, 'filename', None) or path).absolute()
-    if getattr(e, 'errno', None) in PLACE_ERRORS and (at.is_relative_to(path.parent) or path.is_relative_to(at)): return e.strerror if at in (path, path.parent) else f'{at}: {e.strerror}'
+    if getattr(e, 'errno', None) in PLACE_ERRORS and (at.is_relative_to(path.parent) or path.is_relative_to(at)):
+        return e.strerror if at in (path, path.parent) else f'{at}: {e.strerror}'
     full = any('No space left' in str(x) or getattr(x, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) for x in (e, e.__cause__, e.__context__))
     return 'No space left on device' if full or _free(path) < 2**20 else None
 

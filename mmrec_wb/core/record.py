@@ -178,6 +178,7 @@ def open_run(
     except Timeout:
         raise WorkbenchError(f'{path.name} is being written by another process: wait for it, or choose another seed or out_dir') from None
 
+# %% ../../nbs/core/record.ipynb #62a8a694
 def _begin(path, resume, first, facts):
     "The run at `path`, new or with the numbers so far."
     if not resume and path.exists(): _forget(path)
@@ -185,7 +186,8 @@ def _begin(path, resume, first, facts):
         info = dict(first, commit=git_commit(), versions=versions(), started=time.strftime('%Y-%m-%dT%H:%M:%S'), **facts)
         atomic_write(path/'run.json', json.dumps(info, indent=1, default=str))
     run = RunWriter(path)
-    if run.info.get('commit') != git_commit(): print(f'warning: {path.name} was begun at commit {run.info.get("commit")}, this is {git_commit()}; resume=False starts afresh')
+    if run.info.get('commit') != git_commit():
+        print(f'warning: {path.name} was begun at commit {run.info.get("commit")}, this is {git_commit()}; resume=False starts afresh')
     if (path/'metrics.parquet').exists(): run._rows = run.frame('metrics').to_dicts()
     return run
 
@@ -196,14 +198,16 @@ def _forget(path):
     shutil.rmtree(path)
 
 # %% ../../nbs/core/record.ipynb #8393fc66
-COLUMNS = dict(run=pl.String, method=pl.String, dataset=pl.String, source=pl.String, seed=pl.Int64, status=pl.String, problem=pl.String, started=pl.String, commit=pl.String,
-    wall_seconds=pl.Float64, cpu_seconds=pl.Float64, peak_memory_mb=pl.Float64, fingerprint=pl.String, protocol=pl.String, params=pl.String)
+COLUMNS = dict(run=pl.String, method=pl.String, dataset=pl.String, source=pl.String, seed=pl.Int64, status=pl.String, problem=pl.String,
+    started=pl.String, commit=pl.String, wall_seconds=pl.Float64, cpu_seconds=pl.Float64, peak_memory_mb=pl.Float64,
+    fingerprint=pl.String, protocol=pl.String, params=pl.String)
 
 def _numbers(run):
     "Its last test and valid numbers, by name."
     if not (run.path/'metrics.parquet').exists(): return {}
     try: rows = run.frame('metrics').select(pl.col('split', 'name').cast(pl.String), pl.col('value').cast(pl.Float64)).rows()
-    except pl.exceptions.PolarsError as e: raise WorkbenchError(f'{run.path}/metrics.parquet is damaged or not ours ({str(e)[:100]}): delete the folder and run again') from None
+    except pl.exceptions.PolarsError as e:
+        raise WorkbenchError(f'{run.path}/metrics.parquet is damaged or not ours ({str(e)[:100]}): delete the folder and run again') from None
     return {('' if split == 'test' else 'valid/') + name: value for split, name, value in rows if split in ('test', 'valid')}
 
 def _fits(value, kind):

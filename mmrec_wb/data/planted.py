@@ -22,11 +22,13 @@ THEMES = dict(dinosaur=('Dinosaur', 'Jurassic'), space=('Space', 'Galaxy'), pira
               ocean=('Ocean', 'Undersea'), robot=('Robot', 'Android'), fairy=('Fairy', 'Princess'), jungle=('Jungle', 'Safari'))
 MATERIALS = dict(wooden='Wooden', plastic='Plastic', plush='Plush', metal='Metal')
 AGES = dict(toddler='Toddlers', preschool='Preschoolers', school='Schoolkids', teen='Teens')
-CATEGORIES = dict(Puzzles='Puzzle', Figures='Figure', Vehicles='Truck', Building='Building Set', Music='Drum', Games='Board Game', Crafts='Craft Kit', Outdoor='Kite')
+CATEGORIES = dict(Puzzles='Puzzle', Figures='Figure', Vehicles='Truck', Building='Building Set', Music='Drum', Games='Board Game', Crafts='Craft Kit',
+                  Outdoor='Kite')
 COLOURS = dict(green=.36, blue=.62, red=.0, yellow=.15, cyan=.5, orange=.07, pink=.89, purple=.77) # hue
 SHAPES, PATTERNS = ('circle', 'square', 'triangle', 'star', 'cross', 'ring'), ('plain', 'stripes', 'dots', 'checks')
 BRANDS = [a + b for a in ('Kip', 'Lum', 'Tov', 'Bram', 'Zel', 'Nor') for b in ('well', 'ello', 'bri', 'ster', 'una')]
-FACTORS = dict(text=dict(theme=list(THEMES), material=list(MATERIALS), age=list(AGES)), image=dict(colour=list(COLOURS), shape=list(SHAPES), pattern=list(PATTERNS)))
+FACTORS = dict(text=dict(theme=list(THEMES), material=list(MATERIALS), age=list(AGES)),
+               image=dict(colour=list(COLOURS), shape=list(SHAPES), pattern=list(PATTERNS)))
 # the generator's constants; fixed before any model was compared on it
 LOOKS_FROM_WORDS = .7
 TASTE = dict(theme=4., material=2., age=1.2, colour=3.4, shape=2., pattern=2.) # log-odds that a liked factor adds
@@ -67,12 +69,14 @@ def picture(it: dict, g: np.random.Generator, size: int=64) -> Image.Image: # RG
         for j in range(0, size, step):
             if kind == 'dots': d.ellipse([i + 2, j + 2, i + 7, j + 7], fill=dark)
             if kind == 'checks' and (i//step + j//step) % 2: d.rectangle([i, j, i + step - 1, j + step - 1], fill=dark)
-    mask = Image.new('L', (size, size)); _outline(ImageDraw.Draw(mask), SHAPES[it['shape']], size/2 + g.uniform(-4, 4), size/2 + g.uniform(-4, 4), size*g.uniform(.36, .44))
+    mask = Image.new('L', (size, size))
+    _outline(ImageDraw.Draw(mask), SHAPES[it['shape']], size/2 + g.uniform(-4, 4), size/2 + g.uniform(-4, 4), size*g.uniform(.36, .44))
     return Image.composite(fill, Image.new('RGB', (size, size), back), mask)
 
 def _outline(d, shape, x, y, r):
     "Draw a filled `shape` of radius `r` around (x, y)."
-    around = lambda n, radii, turn=-np.pi/2: [(x + radii[i % len(radii)]*np.cos(turn + 2*np.pi*i/n), y + radii[i % len(radii)]*np.sin(turn + 2*np.pi*i/n)) for i in range(n)]
+    around = lambda n, radii, turn=-np.pi/2: [(x + radii[i % len(radii)]*np.cos(turn + 2*np.pi*i/n),
+                                               y + radii[i % len(radii)]*np.sin(turn + 2*np.pi*i/n)) for i in range(n)]
     if shape in ('circle', 'ring'): d.ellipse([x - r, y - r, x + r, y + r], fill=255)
     if shape == 'ring': d.ellipse([x - r/2, y - r/2, x + r/2, y + r/2], fill=0)
     if shape == 'square': d.rectangle([x - .85*r, y - .85*r, x + .85*r, y + .85*r], fill=255)
@@ -128,7 +132,8 @@ def write_planted(
     rows, name = items.to_dicts(), np.array([f'A{i:09d}U' for i in rng(seed, 'names').permutation(n_users)])
     for sub in ('images', 'truth/withheld'): (folder/sub).mkdir(parents=True)
     if pictures:
-        for it in rows: picture(it, rng(seed, 'picture', it['asin'])).save(folder/('truth/withheld' if it['missing'] else 'images')/f"{it['asin']}.png", compress_level=1)
+        for it in rows:
+            picture(it, rng(seed, 'picture', it['asin'])).save(folder/('truth/withheld' if it['missing'] else 'images')/f"{it['asin']}.png", compress_level=1)
     meta = [dict(asin=it['asin'], **words(it), categories=[['Toys & Games', list(CATEGORIES)[it['category']]]]) for it in rows]
     asin = items['asin'].to_numpy()
     events = events.with_columns(reviewerID=name[events['user']], asin=asin[events['item']]).sort('reviewerID', 'timestamp')
@@ -164,7 +169,8 @@ class Oracle:
         levels: int=9              # grid of the attention logit
     ):
         row = {a: i for i, a in enumerate(truth_items['asin'])}
-        num = truth_items.with_columns([pl.col(f).replace_strict(dict(zip(names, range(len(names))))).cast(pl.Int64) for fs in FACTORS.values() for f, names in fs.items()])
+        num = truth_items.with_columns([pl.col(f).replace_strict(dict(zip(names, range(len(names))))).cast(pl.Int64)
+                                        for fs in FACTORS.values() for f, names in fs.items()])
         tables = choice_tables(num[[row[a] for a in raw_ids]])
         pad = lambda t: torch.tensor(np.pad(t, ((0, 0), (1, 0))), dtype=torch.float32) # column 0: padding
         self.text, self.image = pad(tables['text']), pad(tables['image'])

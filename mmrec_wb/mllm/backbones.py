@@ -19,7 +19,8 @@ from ..data.encoders import quiet_transformers
 # %% ../../nbs/mllm/backbones.ipynb #0a80da6a
 SPECIAL = ['<pad>', '<s>', '</s>', '<image>', '<user>', '<assistant>']
 CHAT = ("<s>{% for m in messages %}<{{ m['role'] }}>{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}")
 PROMPT_WORDS = 'Items that a person took, oldest first: 1. 2. 3. 4. 5. Will this person take this item next? Answer Yes or No. no picture no title'
 
@@ -34,10 +35,12 @@ def tiny_processor(
     bpe = Tokenizer(models.BPE()); bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False); bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator([PROMPT_WORDS, 'Yes', 'No']*50 + [f' {t}' for t in titles if t], trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token='<pad>', bos_token='<s>', eos_token='</s>', extra_special_tokens=dict(image_token='<image>'), chat_template=CHAT)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token='<pad>', bos_token='<s>', eos_token='</s>',
+                                        extra_special_tokens=dict(image_token='<image>'), chat_template=CHAT)
     square = dict(height=image_size, width=image_size)
     pictures = CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
-    return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=CHAT)
+    return LlavaProcessor(pictures, tokenizer, patch_size=patch_size, vision_feature_select_strategy='default',
+                          num_additional_image_tokens=1, chat_template=CHAT)
 
 # %% ../../nbs/mllm/backbones.ipynb #0c74cadb
 def comparing_start(
@@ -70,12 +73,14 @@ def tiny_model(
     from transformers import LlavaConfig, LlavaForConditionalGeneration
     set_seed(seed)
     ids, size, patch = processor.tokenizer.convert_tokens_to_ids, processor.image_processor.size['height'], processor.patch_size
-    vision = dict(model_type='clip_vision_model', hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=size, patch_size=patch, projection_dim=hidden)
-    text = dict(model_type='llama', vocab_size=len(processor.tokenizer), hidden_size=hidden, intermediate_size=3*hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-        attention_bias=True, max_position_embeddings=2048, tie_word_embeddings=True, initializer_range=.08, rope_parameters=dict(rope_type='default', rope_theta=10000.),
+    vision = dict(model_type='clip_vision_model', hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        image_size=size, patch_size=patch, projection_dim=hidden)
+    text = dict(model_type='llama', vocab_size=len(processor.tokenizer), hidden_size=hidden, intermediate_size=3*hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, attention_bias=True, max_position_embeddings=2048,
+        tie_word_embeddings=True, initializer_range=.08, rope_parameters=dict(rope_type='default', rope_theta=10000.),
         pad_token_id=ids('<pad>'), bos_token_id=ids('<s>'), eos_token_id=ids('</s>'))
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=ids('<image>'), image_seq_length=(size//patch)**2,
-        vision_feature_layer=-1, vision_feature_select_strategy='default', tie_word_embeddings=True, initializer_range=.08))
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=ids('<image>'),
+        image_seq_length=(size//patch)**2, vision_feature_layer=-1, vision_feature_select_strategy='default', tie_word_embeddings=True, initializer_range=.08))
     comparing_start(model, ids('<s>')); return model.eval()
 
 # %% ../../nbs/mllm/backbones.ipynb #cd3cdfde
@@ -177,7 +182,8 @@ def load_backbone(
     how = dict(config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     try: model, info = AutoModelForImageTextToText.from_pretrained(where, **how)
     except Exception as e: raise WorkbenchError(f'backbone {name!r} has weights that do not load ({_short(e)}): do they belong to its config.json?') from None
-    if lost := sorted(info['missing_keys']): raise WorkbenchError(f'backbone {name!r} lacks {len(lost)} weights that its config.json asks for (e.g. {lost[0]}): download it again')
+    if lost := sorted(info['missing_keys']):
+        raise WorkbenchError(f'backbone {name!r} lacks {len(lost)} weights that its config.json asks for (e.g. {lost[0]}): download it again')
     return model.eval(), processor
 
 # %% ../../nbs/mllm/backbones.ipynb #e1611ec9

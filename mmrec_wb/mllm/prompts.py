@@ -27,7 +27,8 @@ def prompt(
     "The question of one example: about its `candidates` if it has any, else yes or no."
     content = [dict(type='text', text='Items that a person took, oldest first:\n')]
     for n, i in enumerate(example['history'], 1): content += [dict(type='text', text=f'{n}. '), *_item(data, i)]
-    if not example.get('candidates'): content += [dict(type='text', text='Will this person take this item next? Answer Yes or No.\n'), *_item(data, example['target'])]
+    if not example.get('candidates'):
+        content += [dict(type='text', text='Will this person take this item next? Answer Yes or No.\n'), *_item(data, example['target'])]
     else:
         ask = 'Which of these items will this person take next? Answer with its title.' if len(example['positive']) == 1 else \
             'Which three of these items will this person take next? Answer with their titles, one a line, the latest first.'
@@ -59,8 +60,10 @@ class Collator:
         chat = lambda m, **k: processor.apply_chat_template(m, tokenize=False, **k)
         opening = chat(question, add_generation_prompt=True)
         whole = chat([*question, dict(role='assistant', content=[dict(type='text', text=word)])])
-        if not whole.startswith(opening): raise WorkbenchError("the backbone's chat template does not begin an answered conversation as it begins the question; choose another backbone")
-        if whole[len(opening):].count(word) != 1: raise WorkbenchError("the backbone's chat template does not show the answer as it is; choose another backbone")
+        if not whole.startswith(opening):
+            raise WorkbenchError("the backbone's chat template does not begin an answered conversation as it begins the question; choose another backbone")
+        if whole[len(opening):].count(word) != 1:
+            raise WorkbenchError("the backbone's chat template does not show the answer as it is; choose another backbone")
         self._before, after = whole[len(opening):].split(word)
         ends = [after.rindex(s) + len(s) for s in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if s in after]
         self._after = after[:max(ends)] if ends else tokenizer.eos_token
@@ -97,7 +100,8 @@ def batch(self: Collator,
     copies, tails = len(tails), [torch.tensor(t, dtype=torch.long) for copy in tails for t in copy]
     pad = lambda parts, value=0: torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
     tail_of = lambda name, t: t if name == 'input_ids' else torch.zeros_like(t)
-    out = {name: pad([torch.cat([r, tail_of(name, t)]) for r, t in zip(parts*copies, tails)], self.processor.tokenizer.pad_token_id if name == 'input_ids' else 0) for name, parts in rows.items()}
+    fill = lambda name: self.processor.tokenizer.pad_token_id if name == 'input_ids' else 0
+    out = {name: pad([torch.cat([r, tail_of(name, t)]) for r, t in zip(parts*copies, tails)], fill(name)) for name, parts in rows.items()}
     lengths = rows['input_ids']*copies
     out['attention_mask'] = pad([torch.ones(len(r) + len(t), dtype=torch.long) for r, t in zip(lengths, tails)])
     out['completion_mask'] = pad([torch.cat([torch.zeros(len(r)), torch.ones(len(t))]).long() for r, t in zip(lengths, tails)])

@@ -101,6 +101,7 @@ def read_answer(
     lines = {i: said.index(i) + 1 for i in said if i is not None}
     return list(lines), len(said) == len(lines) == asked, lines
 
+# %% ../../nbs/mllm/scoring.ipynb #db7e9ca1
 def _to_the_left(x):
     "The same batch, padded on the left: `generate` goes on from the last column."
     move = (x['attention_mask'] == 0).sum(1).tolist()
@@ -127,7 +128,8 @@ def generate_answers(
             titles = [{i: shown_title(data, i) for i in e['candidates']} for e in asked]
             limits = [max_new_tokens or sum(sorted(len(collate.tail(t)) for t in of.values())[-len(e['positive']):]) for e, of in zip(asked, titles)]
             x = {k: v.to(device) for k, v in _to_the_left(collate(asked)).items()}
-            written = model.generate(**x, max_new_tokens=max(limits), num_beams=1, repetition_penalty=1., eos_token_id=collate.stops, pad_token_id=tokenizer.pad_token_id, **how)[:, x['input_ids'].shape[1]:]
+            written = model.generate(**x, max_new_tokens=max(limits), num_beams=1, repetition_penalty=1., eos_token_id=collate.stops,
+                                     pad_token_id=tokenizer.pad_token_id, **how)[:, x['input_ids'].shape[1]:]
             for i, e, of, w, limit in zip(some, asked, titles, written.tolist(), limits):
                 end = next((k for k, t in enumerate(w[:limit]) if t in collate.stops), limit)
                 text = tokenizer.decode(w[:end], skip_special_tokens=True).strip()

@@ -27,7 +27,8 @@ def positions(
     min_history: int # positions with fewer items before them are skipped
 ): # yields user, items, times, position of the target, and the set of items that are no negative
     "The targets of a leave-one-out split. In training no negative is an item of the training part; what is held out must not shape training, so it may be one."
-    if data.n_items <= int(np.diff(data.offsets).max()): raise WorkbenchError(f'{data.title}: some user has taken every item, so there is no negative; use more items')
+    if data.n_items <= int(np.diff(data.offsets).max()):
+        raise WorkbenchError(f'{data.title}: some user has taken every item, so there is no negative; use more items')
     for u in range(data.n_users):
         items, times = data.sequence(u)
         end = {'train': len(items) - 2, 'valid': len(items) - 1, 'test': len(items)}[split]
@@ -53,8 +54,11 @@ def yes_no_examples(
     for u, items, times, k, seen in positions(data, split, per_user, min_history):
         negative = next(i for i in iter(lambda: int(g.integers(1, data.n_items + 1)), None) if i not in seen)
         label, positive = int(g.random() < .5), int(items[k])
-        rows.append(_before(u, items, times, k, history) | dict(target=positive if label else negative, chosen=ANSWERS[label], rejected=ANSWERS[1 - label], positive=[positive], negative=[negative], label=label))
-    if not rows: raise WorkbenchError(f'{data.title}: the {split} split has no example with {min_history} items of history; use more users or longer sequences (min_length)')
+        rows.append(_before(u, items, times, k, history) | dict(target=positive if label else negative, chosen=ANSWERS[label],
+            rejected=ANSWERS[1 - label], positive=[positive], negative=[negative], label=label))
+    if not rows:
+        raise WorkbenchError(f'{data.title}: the {split} split has no example with {min_history} items of history; '
+                             'use more users or longer sequences (min_length)')
     return pl.DataFrame(rows, schema={c: SCHEMA[c] for c in SCHEMA if c != 'candidates'})
 
 # %% ../../nbs/mllm/tasks.ipynb #402a5013
@@ -111,8 +115,9 @@ def examples(
     per_user: int=5,   # train, not top3: at most so many positions of a user, the most recent
     candidates: int=10,# pick_one: titles to choose from
     left_out: Counter|None=None # if given, counts what was left out, by reason (lists only)
-) -> pl.DataFrame: # user, history and times (oldest first), when (of the first item asked for), target, chosen, rejected, positive, negative; label (yes_no) or candidates (lists)
-    "The examples of one task and split. `target` is the item in question (yes_no), the true one (pick_one), the most recent true one (top3)."
+) -> pl.DataFrame: # user, history and times (oldest first), when, target, chosen, rejected, positive, negative; label (yes_no) or candidates (lists)
+    """The examples of one task and split. `target` is the item in question (yes_no), the true one (pick_one), the most recent true one (top3);
+    `when` is the time of the first item asked for."""
     if task not in TASKS: raise unknown('task', task, TASKS)
     if split not in ('train', 'valid', 'test'): raise unknown('split', split, ('train', 'valid', 'test'))
     if task == 'yes_no': return yes_no_examples(data, split, seed, history, per_user)

@@ -63,6 +63,7 @@ def get_loss(
     module, colon, function = name.partition(':')
     if not colon: raise unknown('loss', name, LOSSES)
     try: found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e: raise WorkbenchError(f'loss {name!r} cannot be imported ({e}): give package.module:function, with the package on PYTHONPATH') from None
+    except (ImportError, AttributeError, ValueError) as e:
+        raise WorkbenchError(f'loss {name!r} cannot be imported ({e}): give package.module:function, with the package on PYTHONPATH') from None
     if not callable(found): raise WorkbenchError(f'loss {name!r} is no function')
     return found

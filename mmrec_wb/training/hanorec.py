@@ -31,8 +31,8 @@ SFT_SETTINGS = ('backbone', 'task', 'seed', 'pair_seed', 'epochs', 'batch_size',
 HANOREC_SETTINGS = ('noise', 'noise_on', 'hard_temp', 'neighbours', 'hardness_from', 'eta_over', 'label_smoothing') # without meaning for other losses
 PREFERENCE_SETTINGS = ('loss', 'preference_epochs', 'preference_lr', 'beta', *HANOREC_SETTINGS)
 DEFAULTS = dict(backbone='tiny', task='yes_no', seed=0, pair_seed=2025, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, examples_per_user=5,
-    candidates=10, decoding='greedy', max_pixels=262144, lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', preference_epochs=1, preference_lr=1e-4, beta=.1, noise=.05,
-    noise_on='lora', hard_temp=.05, neighbours=10, hardness_from='encoders', eta_over='micro_batch', label_smoothing=0.,
+    candidates=10, decoding='greedy', max_pixels=262144, lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', preference_epochs=1,
+    preference_lr=1e-4, beta=.1, noise=.05, noise_on='lora', hard_temp=.05, neighbours=10, hardness_from='encoders', eta_over='micro_batch', label_smoothing=0.,
     text_encoder=ENCODERS['text'], image_encoder=ENCODERS['image'],
     device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
 PROTOCOLS = dict(yes_no='yes/no, leave-one-out, one uniform negative',
@@ -187,8 +187,8 @@ def _arguments(run, s, n, epochs, lr, **more):
     if size % world: raise WorkbenchError(f"batch_size={size} cannot be shared by {world} processes: give a multiple of {world}")
     total = max(1, epochs*(n//(s['batch_size']*s['accumulation']) or 1))
     return run.path/'checkpoint', max(1, total//10), dict(num_train_epochs=epochs, per_device_train_batch_size=size//world,
-        gradient_accumulation_steps=s['accumulation'], learning_rate=lr, lr_scheduler_type='cosine', seed=s['seed'], report_to=s['report_to'], device=s['device'],
-        checkpointing=s['backbone'] != 'tiny' and s['device'] != 'cpu', **more)
+        gradient_accumulation_steps=s['accumulation'], learning_rate=lr, lr_scheduler_type='cosine', seed=s['seed'], report_to=s['report_to'],
+        device=s['device'], checkpointing=s['backbone'] != 'tiny' and s['device'] != 'cpu', **more)
 
 # %% ../../nbs/training/hanorec.ipynb #86ac2b17
 @contextlib.contextmanager
@@ -196,7 +196,8 @@ def _open(method, data, s, params):
     "The run of these parameters."
     rank, world = processes()
     facts = dict(notebook=s['notebook'], max_users=s['max_users'], planted_seed=s['planted_seed'] if data.source == 'planted' else None,
-        protocol=PROTOCOLS[s['task']], modalities=sorted(data.features), encoders=[s['text_encoder'], s['image_encoder']], processes=world, loader='mmrec_wb.training.hanorec:load_model')
+        protocol=PROTOCOLS[s['task']], modalities=sorted(data.features), encoders=[s['text_encoder'], s['image_encoder']], processes=world,
+        loader='mmrec_wb.training.hanorec:load_model')
     if rank: together()
     with open_run(method, data.name, s['seed'], params, data.fingerprint, data.source, s['out_dir'], s['resume'], writer=rank == 0, **facts) as run:
         if rank == 0: together()
@@ -216,7 +217,7 @@ def load_model(run: Run) -> tuple: # model, processor
     "The model of a recorded run, ready to answer."
     if (run.path/'model').exists(): return load_backbone(str(run.path/'model'))
     from peft import PeftModel
-    model, processor = load_backbone(run.params['backbone'], max_pixels=run.params['max_pixels'])
+    model, processor = load_backbone(run.params['backbone'], max_pixels=run.params.get('max_pixels', 262144))
     for adapter in ('adapter_sft', 'adapter'):
         if (run.path/adapter).exists(): model = PeftModel.from_pretrained(model, run.path/adapter).merge_and_unload()
     return model, processor
@@ -281,7 +282,8 @@ def train_preference(
 ) -> Run:
     "Stage 2: a new LoRA on the frozen result of SFT, trained with a preference loss. A finished run of the same settings is reloaded."
     s = settled(settings); train, test = (questions(data, split, s) for split in ('train', 'test'))
-    params = dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS}, vectors=_digest(data.features) if s['hardness_from'] == 'encoders' else None)
+    params = dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS},
+                  vectors=_digest(data.features) if s['hardness_from'] == 'encoders' else None)
     with _open(s['loss'].replace(':', '.'), data, s, params) as run:
         if run.finished: return run
         from trl import DPOConfig

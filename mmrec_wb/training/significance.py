@@ -20,16 +20,21 @@ def _value(frame, metric, arm):
     name, _, k = metric.lower().partition('@')
     if metric in frame.columns: return frame[metric].cast(pl.Float64)
     if 'rank' in frame.columns and name in GAINS and k.isdigit(): return pl.Series(GAINS[name](places(frame['rank']), int(k)).numpy(), dtype=pl.Float64)
-    raise WorkbenchError(f'{arm}: no metric {metric!r} in a table of {", ".join(frame.columns)}; auc needs label and log_odds; HR@k, NDCG@k and MRR@k need rank; others a column of that name')
+    raise WorkbenchError(f'{arm}: no metric {metric!r} in a table of {", ".join(frame.columns)}; auc needs label and log_odds; '
+                         'HR@k, NDCG@k and MRR@k need rank; others a column of that name')
 
 def _tables(arms, metric):
     "arm -> one sorted table a seed (user, value, and label for auc), checked one by one."
     need = ['user', 'label', 'log_odds'] if metric == 'auc' else ['user']
     def table(arm, frame):
-        if lack := [c for c in need if c not in frame.columns]: raise WorkbenchError(f'{arm}: a table without {", ".join(lack)}; {metric} needs the `ranks` of a run')
-        t = frame.select('user', 'label', value=pl.col('log_odds').cast(pl.Float64)) if metric == 'auc' else frame.select('user', value=_value(frame, metric, arm))
-        if bad := t.height - t.filter(pl.col('value').is_not_nan(), pl.col('user').is_not_null()).height: raise WorkbenchError(f'{arm}: {bad} of {t.height} rows have no {metric} (null or NaN)')
-        if metric == 'auc' and set(t['label'].unique()) != {0, 1}: raise WorkbenchError(f'{arm}: auc needs labels 0 and 1, both; there are {t["label"].unique().to_list()}')
+        if lack := [c for c in need if c not in frame.columns]:
+            raise WorkbenchError(f'{arm}: a table without {", ".join(lack)}; {metric} needs the `ranks` of a run')
+        if metric == 'auc': t = frame.select('user', 'label', value=pl.col('log_odds').cast(pl.Float64))
+        else: t = frame.select('user', value=_value(frame, metric, arm))
+        if bad := t.height - t.filter(pl.col('value').is_not_nan(), pl.col('user').is_not_null()).height:
+            raise WorkbenchError(f'{arm}: {bad} of {t.height} rows have no {metric} (null or NaN)')
+        if metric == 'auc' and set(t['label'].unique()) != {0, 1}:
+            raise WorkbenchError(f'{arm}: auc needs labels 0 and 1, both; there are {t["label"].unique().to_list()}')
         return t.sort('user', 'label') if metric == 'auc' else t.group_by('user').agg(pl.col('value').mean()).sort('user')
     return {arm: [table(arm, f) for f in frames] for arm, frames in arms.items()}
 
@@ -40,11 +45,14 @@ def _aligned(tables, baseline):
         if len(frames) != seeds: raise WorkbenchError(f'{arm} has {len(frames)} seeds, {baseline} has {seeds}: give every arm the same seeds')
         for k, (own, base) in enumerate(zip(frames, tables[baseline])):
             here = own['user'].unique()
-            if here.dtype != users.dtype: raise WorkbenchError(f'{arm}: users are {here.dtype}, those of {baseline} {users.dtype}; compare runs of one data set')
+            if here.dtype != users.dtype:
+                raise WorkbenchError(f'{arm}: users are {here.dtype}, those of {baseline} {users.dtype}; compare runs of one data set')
             odd = len(set(here) ^ set(users))
-            if odd: raise WorkbenchError(f'{arm}, seed number {k}: {odd} users are not in both it and {baseline}; compare runs of one data set, split and max_users')
+            if odd:
+                raise WorkbenchError(f'{arm}, run number {k + 1}: {odd} users are not in both it and {baseline}; '
+                                     'compare runs of one data set, split and max_users')
             if 'label' in own.columns and not own.select('user', 'label').equals(base.select('user', 'label')):
-                raise WorkbenchError(f'{arm}, seed number {k}: other questions than {baseline} had; list the runs of all arms in the same order of seeds')
+                raise WorkbenchError(f'{arm}, run number {k + 1}: other questions than {baseline} had; list the runs of all arms in the same order of seeds')
 
 # %% ../../nbs/training/significance.ipynb #d13528d4
 def weighted_auc(
@@ -111,7 +119,8 @@ def compare(
 ) -> pl.DataFrame: # arm, value, difference, low, high (95% interval of the difference), p, p_holm, n_users, seeds
     "Every arm against the baseline, on the same users."
     if baseline not in arms or len(arms) < 2: raise WorkbenchError(f'baseline={baseline!r} and one more arm are needed; the arms are {", ".join(arms)}')
-    if empty := [a for a, frames in arms.items() if not len(frames) or any(f.is_empty() for f in frames)]: raise WorkbenchError(f'{empty[0]} has no runs, or one without rows')
+    if empty := [a for a, frames in arms.items() if not len(frames) or any(f.is_empty() for f in frames)]:
+        raise WorkbenchError(f'{empty[0]} has no runs, or one without rows')
     if draws < 100: raise WorkbenchError(f'draws={draws} are too few for a 95% interval: at least 100')
     metric = 'auc' if metric.lower() == 'auc' else metric
     tables = _tables(arms, metric); _aligned(tables, baseline)
@@ -125,4 +134,5 @@ def compare(
         p = bootstrap_p(d) if metric == 'auc' else signed_rank(*[np.mean([t['value'].to_numpy() for t in tables[a]], axis=0) for a in (arm, baseline)])
         low, high = np.quantile(d, [.025, .975])
         rows.append(dict(arm=arm, value=value[arm], difference=value[arm] - value[baseline], low=low, high=high, p=p, n_users=n, seeds=len(tables[arm])))
-    return pl.DataFrame(rows).with_columns(p_holm=pl.Series(holm([r['p'] for r in rows]))).select('arm', 'value', 'difference', 'low', 'high', 'p', 'p_holm', 'n_users', 'seeds')
+    table = pl.DataFrame(rows).with_columns(p_holm=pl.Series(holm([r['p'] for r in rows])))
+    return table.select('arm', 'value', 'difference', 'low', 'high', 'p', 'p_holm', 'n_users', 'seeds')

@@ -30,7 +30,8 @@ def trainer_args(
     "Training arguments with the workbench's defaults."
     cpu, checkpointing = more.pop('device', 'cpu') == 'cpu', more.pop('checkpointing', False)
     return config(output_dir=str(output_dir), save_strategy='steps', save_steps=steps_per_save, save_total_limit=1, logging_steps=1, disable_tqdm=True,
-        bf16=False, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False), max_length=None, remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=cpu, **more)
+        bf16=False, gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs=dict(use_reentrant=False), max_length=None, remove_unused_columns=False,
+        dataloader_pin_memory=False, use_cpu=cpu, **more)
 
 def as_dataset(
     examples: list # dicts

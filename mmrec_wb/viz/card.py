@@ -47,11 +47,12 @@ def _draw_lengths(fig, lengths):
     at = math.log10(max(median, .5))
     fig.add_shape(type='line', x0=at, x1=at, y0=0, y1=1, yref='y domain', line=dict(color=INK, width=1, dash='dot'))
     right = at > (left[0] + np.log10(last[-1] + .5))/2
-    fig.add_annotation(text=f'median {median:,}', x=at, y=1, yref='y domain', showarrow=False, xanchor='right' if right else 'left', yanchor='top', xshift=-4 if right else 4,
-                       font=dict(size=11), bgcolor='rgba(255,255,255,.8)')
+    fig.add_annotation(text=f'median {median:,}', x=at, y=1, yref='y domain', showarrow=False, xanchor='right' if right else 'left', yanchor='top',
+                       xshift=-4 if right else 4, font=dict(size=11), bgcolor='rgba(255,255,255,.8)')
     nice = [v for e in range(0, 7) for v in (10**e, 2*10**e, 5*10**e) if left[0] <= math.log10(v) <= np.log10(last[-1] + .5)]
     if len(nice) < 2: nice = sorted({int(first[0]), int(last[-1])})
-    fig.update_xaxes(tickvals=[math.log10(max(v, .5)) for v in nice], ticktext=[f'{v:,}' for v in nice], title_text='interactions of one user (log scale)', showgrid=False)
+    fig.update_xaxes(tickvals=[math.log10(max(v, .5)) for v in nice], ticktext=[f'{v:,}' for v in nice], title_text='interactions of one user (log scale)',
+                     showgrid=False)
 
 # %% ../../nbs/viz/card.ipynb #89a34d7e
 def _named_bars(fig, axes, names, values, texts, full, name, colour, **bar):
@@ -91,8 +92,8 @@ def _draw_categories(fig, top):
     full = max(int(top['items'].max()), 1)
     texts = [f'{i:,} · {n:,} pictures' for i, n in top.select('items', 'images').iter_rows()]
     _named_bars(fig, 3, [shorten(c, 28) for c in top['category']], top['items'].to_list(), texts, full, 'items', SKY, legend='legend')
-    fig.add_bar(x=top['images'].to_list(), y=list(range(len(top))), orientation='h', width=.22, marker_color=BLUE, name='of these with a picture', hoverinfo='skip',
-                xaxis='x3', yaxis='y3')
+    fig.add_bar(x=top['images'].to_list(), y=list(range(len(top))), orientation='h', width=.22, marker_color=BLUE, name='of these with a picture',
+                hoverinfo='skip', xaxis='x3', yaxis='y3')
 
 # %% ../../nbs/viz/card.ipynb #01bca99e
 def data_card(
@@ -103,7 +104,8 @@ def data_card(
     title: str=''           # the data set, with its source
 ) -> go.Figure:
     "Key numbers, sequence lengths, coverage of each modality and the largest categories."
-    need(counts, ['name', 'value'], 'explain/card_counts'); lengths = need(need(lengths, ['length', 'users'], 'explain/card_lengths').drop_nulls().filter(pl.col('users') > 0), [], 'explain/card_lengths')
+    need(counts, ['name', 'value'], 'explain/card_counts')
+    lengths = need(need(lengths, ['length', 'users'], 'explain/card_lengths').drop_nulls().filter(pl.col('users') > 0), [], 'explain/card_lengths')
     need(coverage, ['modality', 'present', 'total', 'share'], 'explain/card_coverage'); need(category, ['category', 'items', 'images'], 'explain/card_category')
     top, per_row, row, gap = top_categories(category), 6, 38, 92
     tiles = 72*math.ceil(len(counts)/per_row) + 34
@@ -112,14 +114,17 @@ def data_card(
     fig = figure('Data card', title, height=high + 84 + 24, barmode='overlay', margin=dict(l=64, r=28, t=84, b=24))
     split = 1 - (tiles + body - gap - row*len(coverage))/high         # where the lengths' panel ends
     hidden = dict(visible=False, fixedrange=True)
-    fig.update_layout(xaxis=dict(domain=[0, .46], anchor='y'), yaxis=dict(domain=[split, at(tiles)], title_text='users', rangemode='tozero', nticks=5, tickformat=','),
-        xaxis2=dict(domain=[0, .46], anchor='y2', range=[0, 1], **hidden), yaxis2=dict(domain=[0, row*len(coverage)/high], range=[len(coverage) - .6, -.6], **hidden),
+    fig.update_layout(xaxis=dict(domain=[0, .46], anchor='y'),
+        yaxis=dict(domain=[split, at(tiles)], title_text='users', rangemode='tozero', nticks=5, tickformat=','),
+        xaxis2=dict(domain=[0, .46], anchor='y2', range=[0, 1], **hidden),
+        yaxis2=dict(domain=[0, row*len(coverage)/high], range=[len(coverage) - .6, -.6], **hidden),
         xaxis3=dict(domain=[.54, 1], anchor='y3', range=[0, max(int(top['items'].max()), 1)], **hidden),
         yaxis3=dict(domain=[at(tiles + row*len(top)), at(tiles)], range=[len(top) - .6, -.6], **hidden), legend=dict(y=0, x=1, yanchor='top'))
     for i, (name, value) in enumerate(counts.select('name', 'value').iter_rows()):
         x, y = i % per_row/per_row, at(72*(i//per_row) + 4)
         note(fig, f'<b>{number(value, name)}</b>', x, y, 'left top', font=dict(size=20, color=BLUE))
         note(fig, wrap(name.replace('_', ' '), 16), x, y, 'left top', yshift=-26, font=dict(size=11, color=GREY))
-    heading(fig, 'Sequence lengths', 0, at(tiles)); heading(fig, 'Items by category', .54, at(tiles)); heading(fig, 'Items that have each modality', 0, row*len(coverage)/high)
+    heading(fig, 'Sequence lengths', 0, at(tiles)); heading(fig, 'Items by category', .54, at(tiles))
+    heading(fig, 'Items that have each modality', 0, row*len(coverage)/high)
     _draw_lengths(fig, lengths); _draw_coverage(fig, coverage); _draw_categories(fig, top)
     return fig

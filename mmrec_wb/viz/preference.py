@@ -28,7 +28,8 @@ def hardness_bins(
     count = np.bincount(where, minlength=len(edges) - 1)
     weight = np.bincount(where, pairs['weight'].to_numpy(), len(edges) - 1)/np.maximum(count, 1) if 'weight' in pairs.columns else np.zeros(len(count))
     known = (count > 0) & ('weight' in pairs.columns) & np.isfinite(weight)
-    return pl.DataFrame(dict(left=edges[:-1], right=edges[1:], pairs=count, weight=[float(w) if k else None for w, k in zip(weight, known)]), schema_overrides=dict(weight=pl.Float64))
+    return pl.DataFrame(dict(left=edges[:-1], right=edges[1:], pairs=count, weight=[float(w) if k else None for w, k in zip(weight, known)]),
+                        schema_overrides=dict(weight=pl.Float64))
 
 # %% ../../nbs/viz/preference.ipynb #8f88403f
 def hardness_ends(
@@ -51,7 +52,9 @@ def _range(*values, refs=(), pad=.08):
 def _draw_picture(fig, thumbnail, x, y, wide, high):
     "A thumbnail in the box whose upper left corner is (x, y); an empty dashed frame where there is none."
     uri = data_uri(thumbnail)
-    if uri: fig.add_layout_image(source=uri, xref='paper', yref='paper', x=x + wide/2, y=y, xanchor='center', yanchor='top', sizex=wide, sizey=high, sizing='contain', layer='above')
+    if uri:
+        fig.add_layout_image(source=uri, xref='paper', yref='paper', x=x + wide/2, y=y, xanchor='center', yanchor='top', sizex=wide, sizey=high,
+                             sizing='contain', layer='above')
     else:
         fig.add_shape(type='rect', xref='paper', yref='paper', x0=x, x1=x + wide, y0=y - high, y1=y, line=dict(color='#9A9A9A', width=1, dash='dash'))
         note(fig, 'no<br>picture', x + wide/2, y - high/2, 'center middle', font=dict(size=10, color=GREY))
@@ -66,20 +69,25 @@ def _draw_pair(fig, pair, items, x, y, high, pixel):
         text = wrap(f'{side}: {item(pair[side + "_item"])[0] or "(no title)"}', 36)
         lines.append(f'<b><span style="color:{colour}">{side}</span></b>{text[len(side):]}')
     full = '<br>'.join(wrap(f'{side}: {item(pair[side + "_item"])[0]}', 70, 6) for side in ('chosen', 'rejected'))
-    note(fig, '<br>'.join(lines), x + 2*(wide + gap) + .005, y, 'left top', yshift=5, font=dict(size=11), hovertext=full + f'<br>user {escape(pair.get("user"))}, pair {escape(pair["pair"])}')
+    note(fig, '<br>'.join(lines), x + 2*(wide + gap) + .005, y, 'left top', yshift=5, font=dict(size=11),
+         hovertext=full + f'<br>user {escape(pair.get("user"))}, pair {escape(pair["pair"])}')
 
 # %% ../../nbs/viz/preference.ipynb #2b39ce8d
 def _draw_hardness(fig, bins, mean, shown):
     "The histogram, lambda over it on a second axis, and a mark for each pair that is shown below."
     middle, width = (bins['left'] + bins['right'])/2, bins['right'] - bins['left']
-    fig.add_bar(x=middle.to_numpy(), y=bins['pairs'].to_numpy(), width=(width*.96).to_numpy(), name='pairs', marker_color=SKY, customdata=bins.select('left', 'right').to_numpy(),
+    fig.add_bar(x=middle.to_numpy(), y=bins['pairs'].to_numpy(), width=(width*.96).to_numpy(), name='pairs',
+                marker_color=SKY, customdata=bins.select('left', 'right').to_numpy(),
                 hovertemplate='δ %{customdata[0]:.4g} to %{customdata[1]:.4g}: %{y:,} pairs<extra></extra>')
     lam = bins.select(x=middle, weight='weight').drop_nulls()
-    if len(lam): fig.add_scatter(x=lam['x'].to_numpy(), y=lam['weight'].to_numpy(), name='weight λ (right axis)', yaxis='y2', mode='lines+markers', marker=dict(size=4), line=dict(color=INK, width=1.5),
-                                 hovertemplate='mean λ of the bin: %{y:.4f}<extra></extra>')
+    if len(lam):
+        fig.add_scatter(x=lam['x'].to_numpy(), y=lam['weight'].to_numpy(), name='weight λ (right axis)', yaxis='y2', mode='lines+markers',
+                        marker=dict(size=4), line=dict(color=INK, width=1.5), hovertemplate='mean λ of the bin: %{y:.4f}<extra></extra>')
     for rows, name, colour in zip(shown, ('hard pairs below', 'easy pairs below'), (VERMILLION, GREEN)):
-        if len(rows): fig.add_scatter(x=rows['delta'].to_numpy(), y=[0]*len(rows), name=name, mode='markers', cliponaxis=False,
-                        marker=dict(symbol='triangle-up', size=11, color=colour, line=dict(color='white', width=1)), hovertemplate='pair with δ = %{x:.4g}<extra></extra>')
+        if len(rows):
+            fig.add_scatter(x=rows['delta'].to_numpy(), y=[0]*len(rows), name=name, mode='markers', cliponaxis=False,
+                            marker=dict(symbol='triangle-up', size=11, color=colour, line=dict(color='white', width=1)),
+                            hovertemplate='pair with δ = %{x:.4g}<extra></extra>')
     fig.add_shape(type='line', x0=mean, x1=mean, y0=0, y1=1, yref='y domain', line=dict(color=GREY, width=1, dash='dot'))
     note(fig, f'mean δ = {mean:.4g}', mean, 1, 'left top', xref='x', yref='y domain', xshift=4, font=dict(size=11, color=GREY), bgcolor='rgba(255,255,255,.8)')
 
@@ -97,12 +105,17 @@ def hardness_distribution(
     lost, (hard, easy) = len(pairs) - len(known), hardness_ends(known, examples)
     plot, below, row = 250, 96, 92
     high = plot + (below + row*len(hard) if examples else 0); pixel = 1/high
-    fig = figure('How hard are the preference pairs?', f'{title} · ' * bool(title) + f'{len(known):,} pair{"s"*(len(known) > 1)}' + f', {lost:,} without a distance left out' * bool(lost), height=high + 96 + 52*(examples == 0) + 8,
+    counted = f'{title} · ' * bool(title) + f'{len(known):,} pair{"s"*(len(known) > 1)}' + f', {lost:,} without a distance left out' * bool(lost)
+    fig = figure('How hard are the preference pairs?', counted, height=high + 96 + 52*(examples == 0) + 8,
                  margin=dict(t=96, b=52 if examples == 0 else 8))
     bins = hardness_bins(known)
-    fig.update_layout(yaxis=dict(domain=[1 - plot*pixel, 1], title_text='pairs', nticks=6, tickformat=',', range=[0, 1.06*bins['pairs'].max()], dtick=1 if bins['pairs'].max() < 6 else None), bargap=0,
-                      xaxis=dict(anchor='y', title_text='hardness distance delta (small = hard pair, large = easy pair)', showgrid=False, range=_range(bins['left'], bins['right'], pad=.01 if len(bins) > 1 else 3)),
-                      yaxis2=dict(overlaying='y', side='right', title_text='weight λ', showgrid=False, tickmode='auto', nticks=5, tickformat='.4~f', range=_range(bins['weight'].drop_nulls())), legend=dict(x=1, y=1, yanchor='bottom'))
+    most = bins['pairs'].max()
+    fig.update_layout(bargap=0, legend=dict(x=1, y=1, yanchor='bottom'),
+                      yaxis=dict(domain=[1 - plot*pixel, 1], title_text='pairs', nticks=6, tickformat=',', range=[0, 1.06*most], dtick=1 if most < 6 else None),
+                      xaxis=dict(anchor='y', title_text='hardness distance delta (small = hard pair, large = easy pair)', showgrid=False,
+                                 range=_range(bins['left'], bins['right'], pad=.01 if len(bins) > 1 else 3)),
+                      yaxis2=dict(overlaying='y', side='right', title_text='weight λ', showgrid=False, tickmode='auto', nticks=5, tickformat='.4~f',
+                                  range=_range(bins['weight'].drop_nulls())))
     _draw_hardness(fig, bins, float(known['delta'].mean()), (hard, easy))
     if not examples: return fig
     ids = pl.concat([rows[c].cast(pl.Int64) for rows in (hard, easy) for c in ('chosen_item', 'rejected_item')])
@@ -110,7 +123,8 @@ def hardness_distribution(
     if 'thumbnail' not in there.columns: there = there.with_columns(thumbnail=None)
     there = {i: (t, p) for i, t, p in there.select('id', 'title', 'thumbnail').iter_rows()}
     top = 1 - (plot + below)*pixel
-    heads = ('Hard end: smallest δ', 'Easy end: largest δ' if len(easy) else 'Easy end: no further pair') if len(bins) > 1 else ('All have the same δ: some of them', 'More of them' if len(easy) else '')
+    if len(bins) > 1: heads = ('Hard end: smallest δ', 'Easy end: largest δ' if len(easy) else 'Easy end: no further pair')
+    else: heads = ('All have the same δ: some of them', 'More of them' if len(easy) else '')
     for x, rows, head, colour in ((-.04, hard, heads[0], VERMILLION), (.5, easy, heads[1], GREEN)):
         heading(fig, head, x, top + 4*pixel, colour)
         for i, pair in enumerate(rows.iter_rows(named=True)): _draw_pair(fig, pair, there, x, top - (i*row + 4)*pixel, 70*pixel, pixel)
@@ -124,7 +138,8 @@ def curves(
     most: int=1000         # points
 ) -> pl.DataFrame: # step, and one column per name (null where it was not recorded); empty if nothing was
     "What one stage recorded, by step."
-    rows = need(metrics, ['step', 'split', 'name', 'value'], 'metrics').filter(pl.col('split') == split, pl.col('name').is_in(names), pl.col('value').is_finite())
+    rows = need(metrics, ['step', 'split', 'name', 'value'], 'metrics')
+    rows = rows.filter(pl.col('split') == split, pl.col('name').is_in(names), pl.col('value').is_finite())
     schema = pl.Schema(dict(step=pl.Float64, **{n: pl.Float64 for n in names}))
     if rows.is_empty(): return schema.to_frame()
     wide = rows.group_by('step', 'name').agg(pl.col('value').mean()).pivot(on='name', index='step', values='value').sort('step')
@@ -138,7 +153,8 @@ def _line(fig, rows, name, label, colour, axes, **style):
     "One curve on the axes `axes` (x, y); few points are marked."
     got = rows.select('step', name).drop_nulls()
     fig.add_scatter(x=got['step'].to_numpy(), y=got[name].to_numpy(), name=label, xaxis=axes[0], yaxis=axes[1],
-                    **dict(mode='lines+markers' if len(got) < 25 else 'lines', line=dict(color=colour, width=2 if len(got) < 100 else 1.2), marker=dict(size=5), hovertemplate='%{y:.4g}') | style)
+                    **dict(mode='lines+markers' if len(got) < 25 else 'lines', line=dict(color=colour, width=2 if len(got) < 100 else 1.2),
+                           marker=dict(size=5), hovertemplate='%{y:.4g}') | style)
 
 def _reference(fig, value, text, axes):
     "A dashed line across a panel, named in the right margin where it hides nothing."
@@ -150,7 +166,8 @@ def _two_panels(title, subtitle, heads, labels, high=200, gap=64):
     "A figure of two panels, one above the other, over the same steps."
     whole = 2*high + gap; half = high/whole
     fig = figure(title, subtitle, height=whole + 96 + 52, hovermode='x unified', margin=dict(t=96, r=84),
-                 xaxis=dict(anchor='y2', title_text='optimiser step', showgrid=False), yaxis=dict(domain=[1 - half, 1], title_text=labels[0], nticks=6), yaxis2=dict(domain=[0, half], title_text=labels[1], nticks=6),
+                 xaxis=dict(anchor='y2', title_text='optimiser step', showgrid=False),
+                 yaxis=dict(domain=[1 - half, 1], title_text=labels[0], nticks=6), yaxis2=dict(domain=[0, half], title_text=labels[1], nticks=6),
                  legend=dict(y=1), legend2=dict(orientation='h', x=1, xanchor='right', y=half, yanchor='bottom', font=dict(size=11)))
     heading(fig, heads[0], 0, 1); heading(fig, heads[1], 0, half)
     return fig
@@ -169,12 +186,15 @@ def beta_curves(
 ) -> go.Figure:
     "What the adaptive beta did during training."
     rows = curves(metrics, 'preference', 'beta_mean', 'beta_min', 'beta_max', 'responsiveness')
-    if rows.is_empty(): raise WorkbenchError("metrics: no beta and no responsiveness under split 'preference'; was the run's loss 'sft', or did it stop before the second stage?")
+    if rows.is_empty():
+        raise WorkbenchError("metrics: no beta and no responsiveness under split 'preference'; "
+                             "was the run's loss 'sft', or did it stop before the second stage?")
     fig = _two_panels('How strongly each step is held to the reference', title, ('β, per micro-batch', 'Responsiveness η'), ('β', 'η'))
     band = rows.select('step', 'beta_min', 'beta_max').drop_nulls()
     if (band['beta_max'] > band['beta_min']).any():
         for name, more in (('beta_min', dict(showlegend=False)), ('beta_max', dict(fill='tonexty', fillcolor='rgba(86,180,233,.55)'))):
-            fig.add_scatter(x=band['step'].to_numpy(), y=band[name].to_numpy(), mode='lines', line=dict(width=0), name='smallest to largest' if more.get('fill') else 'smallest', hoverinfo='skip', **more)
+            fig.add_scatter(x=band['step'].to_numpy(), y=band[name].to_numpy(), mode='lines', line=dict(width=0),
+                            name='smallest to largest' if more.get('fill') else 'smallest', hoverinfo='skip', **more)
     if rows['beta_mean'].count(): _line(fig, rows, 'beta_mean', 'mean', BLUE, ('x', 'y'))
     else: _absent(fig, 'β', 'y')
     if rows['responsiveness'].count(): _line(fig, rows, 'responsiveness', 'η', GREEN, ('x', 'y2'), showlegend=False); _reference(fig, 1, 'η = 1', ('x', 'y2'))
@@ -202,7 +222,9 @@ def _smoothed(fig, rows, name, colour, axes, legend='legend'):
     got = rows.select('step', name).drop_nulls()
     mean, window = smooth(got[name].to_numpy())
     _line(fig, got, name, 'recorded', colour, axes, opacity=.3 if window > 1 else 1, line=dict(color=colour, width=1 if window > 1 else 2), legend=legend)
-    if window > 1: _line(fig, got.with_columns(pl.Series(name, mean)), name, f'mean of {window} points', colour, axes, line=dict(color=colour, width=2.5), mode='lines', legend=legend)
+    if window > 1:
+        _line(fig, got.with_columns(pl.Series(name, mean)), name, f'mean of {window} points', colour, axes, line=dict(color=colour, width=2.5), mode='lines',
+              legend=legend)
 
 def margin_curves(
     metrics: pl.DataFrame, # step, split, name, value; of the split 'preference' margin and accuracy; margin_clean and accuracy_clean where noise was on
@@ -210,13 +232,19 @@ def margin_curves(
 ) -> go.Figure:
     "Whether the policy learned to prefer the chosen answers."
     rows = curves(metrics, 'preference', 'margin', 'accuracy')
-    if rows.is_empty(): raise WorkbenchError("metrics: no margin and no accuracy under split 'preference'; was the run's loss 'sft', or did it stop before the second stage?")
-    fig = _two_panels('Does the policy prefer the chosen answer?', title, ('Reward margin, chosen minus rejected', 'Share of pairs ranked rightly'), ('reward margin', 'accuracy'))
-    for name, colour, axes, legend, line, text in (('margin', BLUE, ('x', 'y'), 'legend', 0, 'no<br>preference'), ('accuracy', GREEN, ('x', 'y2'), 'legend2', .5, 'coin flip')):
+    if rows.is_empty():
+        raise WorkbenchError("metrics: no margin and no accuracy under split 'preference'; "
+                             "was the run's loss 'sft', or did it stop before the second stage?")
+    heads = ('Reward margin, chosen minus rejected', 'Share of pairs ranked rightly')
+    fig = _two_panels('Does the policy prefer the chosen answer?', title, heads, ('reward margin', 'accuracy'))
+    panels = ('margin', BLUE, ('x', 'y'), 'legend', 0, 'no<br>preference'), ('accuracy', GREEN, ('x', 'y2'), 'legend2', .5, 'coin flip')
+    for name, colour, axes, legend, line, text in panels:
         if not rows[name].count(): _absent(fig, name, axes[1]); continue
         _smoothed(fig, rows, name, colour, axes, legend); _reference(fig, line, text, axes)
         clean = metrics.filter(pl.col('split') == 'preference', pl.col('name') == f'{name}_clean').sort('step')
-        if clean.height: fig.add_scatter(x=clean['step'], y=clean['value'], xaxis=axes[0], yaxis=axes[1], mode='markers', name='without noise', legend=legend, marker=dict(color=INK, size=6, symbol='x-thin-open'))
+        if clean.height:
+            fig.add_scatter(x=clean['step'].to_numpy(), y=clean['value'].to_numpy(), xaxis=axes[0], yaxis=axes[1], mode='markers', name='without noise', legend=legend,
+                            marker=dict(color=INK, size=6, symbol='x-thin-open'))
         fig.update_layout({f'yaxis{axes[1][1:]}': dict(range=_range(pl.concat([rows[name].drop_nulls(), clean['value']]), refs=[line]))})
     return fig
 
@@ -233,8 +261,9 @@ def loss_curves(
     for i, (split, rows) in enumerate(stages):
         n, left, right = '' if i == 0 else '2', 0 if i == 0 else .55, .45 if i == 0 and len(stages) == 2 else 1
         x, y = 'x' + n, 'y' + n
-        fig.update_layout({f'xaxis{n}': dict(domain=[left, right], anchor=y, title_text='optimiser step', showgrid=False), f'yaxis{n}': dict(anchor=x, nticks=6),
-                           f'legend{n}': dict(x=right, xanchor='right', y=1, yanchor='top', orientation='v', font=dict(size=11), bgcolor='rgba(255,255,255,.7)')})
+        legend = dict(x=right, xanchor='right', y=1, yanchor='top', orientation='v', font=dict(size=11), bgcolor='rgba(255,255,255,.7)')
+        fig.update_layout({f'xaxis{n}': dict(domain=[left, right], anchor=y, title_text='optimiser step', showgrid=False),
+                           f'yaxis{n}': dict(anchor=x, nticks=6), f'legend{n}': legend})
         heading(fig, dict(sft='1. Supervised fine-tuning', preference='2. Preference optimisation')[split], left, 1)
         fig.update_layout({f'yaxis{n}_title_text': 'loss'})
         _smoothed(fig, rows, 'loss', dict(sft=BLUE, preference=VERMILLION)[split], (x, y), 'legend' + n)

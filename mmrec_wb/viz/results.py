@@ -24,7 +24,8 @@ def test_scores(
     rows = rows.with_columns(pl.when(pl.col('value').is_finite()).then('value').alias('value'))
     have = rows['metric'].unique().to_list()
     order = [m for m in ('auc', 'auc_hard', *sorted(set(have) - set(METRICS)), 'valid_ratio') if m in have]
-    wide = rows.group_by('scorer', 'metric').agg(pl.col('value').drop_nulls().last()).pivot(on='metric', index='scorer', values='value').select('scorer', *order)
+    last = rows.group_by('scorer', 'metric').agg(pl.col('value').drop_nulls().last())
+    wide = last.pivot(on='metric', index='scorer', values='value').select('scorer', *order)
     return wide.sort(pl.col('scorer') == 'oracle', order[0], 'scorer', descending=[False, True, False], nulls_last=True)
 
 # %% ../../nbs/viz/results.ipynb #dc0bbcc8
@@ -44,7 +45,8 @@ def _draw_dots(fig, scores, lead, names):
     chance, said = (.5, 'coin flip') if lead == 'auc' else next(((v, 'uniform') for _, s, v, _ in rows if s == 'uniform'), (0., '0'))
     for i, s, v, _ in rows: fig.add_shape(type='line', xref='x2', yref='y', x0=chance, x1=v, y0=i, y1=i, line=dict(color='#B5B5B5', width=2), layer='below')
     colour = dict(model=BLUE, sft=SKY, oracle='white')
-    fig.add_scatter(x=[v for _, _, v, _ in rows], y=[i for i, *_ in rows], xaxis='x2', mode='markers', name=f'{METRICS.get(lead, lead)}, drawn', customdata=[n for *_, n in rows], hovertemplate=f'%{{customdata}}: {METRICS.get(lead, lead)} %{{x:.4f}}<extra></extra>',
+    fig.add_scatter(x=[v for _, _, v, _ in rows], y=[i for i, *_ in rows], xaxis='x2', mode='markers', name=f'{METRICS.get(lead, lead)}, drawn',
+        customdata=[n for *_, n in rows], hovertemplate=f'%{{customdata}}: {METRICS.get(lead, lead)} %{{x:.4f}}<extra></extra>',
         marker=dict(size=13, color=[colour.get(s, '#8A8A8A') for _, s, *_ in rows], symbol=['diamond' if s == 'oracle' else 'circle' for _, s, *_ in rows],
                     line=dict(width=1.5, color=[INK if s == 'oracle' else 'white' for _, s, *_ in rows])))
     ceiling = [v for _, s, v, _ in rows if s == 'oracle']
@@ -68,14 +70,18 @@ def result_table(
     high = row*len(scores); first = .2 if dots else .3
     at = [first + (right - first)*(k + .9)/len(shown) for k in range(len(shown))]     # right ends of the columns
     fig = figure('Results on the test users', title, height=high + 112 + 52, margin=dict(l=24, r=32, t=112, b=52), showlegend=False,
-        xaxis=dict(domain=[0, right], range=[0, right], visible=False, fixedrange=True), yaxis=dict(range=[len(scores) - .5, -.5], visible=False, fixedrange=True),
-        xaxis2=dict(domain=[right + .06 if dots else 0, 1], anchor='y', title_text=METRICS.get(lead, lead), nticks=6, showgrid=False, tickformat='.2~f', visible=dots))
-    for i in range(len(scores) + 1): fig.add_shape(type='line', xref='paper', yref='y', x0=0, x1=right, y0=i - .5, y1=i - .5, line=dict(color=INK if i == 0 else PALE, width=1), layer='below')
+        xaxis=dict(domain=[0, right], range=[0, right], visible=False, fixedrange=True),
+        yaxis=dict(range=[len(scores) - .5, -.5], visible=False, fixedrange=True),
+        xaxis2=dict(domain=[right + .06 if dots else 0, 1], anchor='y', title_text=METRICS.get(lead, lead), nticks=6, showgrid=False,
+                    tickformat='.2~f', visible=dots))
+    for i in range(len(scores) + 1):
+        line = dict(color=INK if i == 0 else PALE, width=1)
+        fig.add_shape(type='line', xref='paper', yref='y', x0=0, x1=right, y0=i - .5, y1=i - .5, line=line, layer='below')
     fig.add_scatter(x=[.005]*len(label), y=list(range(len(label))), text=label, mode='text', textposition='middle right', name='scorer', hoverinfo='skip')
     for m, x in zip(shown, at):
         values = scores[m].to_list()
-        fig.add_scatter(x=[x]*len(label), y=list(range(len(label))), text=_cells(values, [s != 'oracle' for s in scores['scorer']]), mode='text', textposition='middle left', name=escape(METRICS.get(m, m)),
-                        customdata=values, hoverinfo='skip')
+        fig.add_scatter(x=[x]*len(label), y=list(range(len(label))), text=_cells(values, [s != 'oracle' for s in scores['scorer']]), mode='text',
+                        textposition='middle left', name=escape(METRICS.get(m, m)), customdata=values, hoverinfo='skip')
         note(fig, f'<b>{wrap(METRICS.get(m, m.replace("_", " ")), 10, 3)}</b>', x, -.5, 'right bottom', xref='x', yref='y', yshift=3, font=dict(size=11))
     if dots: _draw_dots(fig, scores, lead, label)
     return fig

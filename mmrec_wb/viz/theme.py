@@ -109,8 +109,10 @@ def need(
     what: str           # the table's name in the record
 ) -> pl.DataFrame: # the same frame
     "Refuse a frame from which nothing can be drawn."
-    if not isinstance(frame, pl.DataFrame): raise WorkbenchError(f'{what}: expected a polars frame, got {type(frame).__name__}; read it with run.frame({what!r})')
+    if not isinstance(frame, pl.DataFrame):
+        raise WorkbenchError(f'{what}: expected a polars frame, got {type(frame).__name__}; read it with run.frame({what!r})')
     missing = [c for c in columns if c not in frame.columns]
-    if missing: raise WorkbenchError(f'{what}: column {", ".join(missing)} is missing, it has {", ".join(frame.columns) or "none"}; was it written by another version?')
+    if missing:
+        raise WorkbenchError(f'{what}: column {", ".join(missing)} is missing, it has {", ".join(frame.columns) or "none"}; was it written by another version?')
     if frame.is_empty(): raise WorkbenchError(f'{what}: the table has no rows, so there is nothing to draw; did the run get that far?')
     return frame
