@@ -243,7 +243,8 @@ def margin_curves(
         _smoothed(fig, rows, name, colour, axes, legend); _reference(fig, line, text, axes)
         clean = metrics.filter(pl.col('split') == 'preference', pl.col('name') == f'{name}_clean').sort('step')
         if clean.height:
-            fig.add_scatter(x=clean['step'].to_numpy(), y=clean['value'].to_numpy(), xaxis=axes[0], yaxis=axes[1], mode='markers', name='without noise', legend=legend,
+            fig.add_scatter(x=clean['step'].to_numpy(), y=clean['value'].to_numpy(), xaxis=axes[0], yaxis=axes[1], mode='markers',
+            name='without noise', legend=legend,
                             marker=dict(color=INK, size=6, symbol='x-thin-open'))
         fig.update_layout({f'yaxis{axes[1][1:]}': dict(range=_range(pl.concat([rows[name].drop_nulls(), clean['value']]), refs=[line]))})
     return fig
