@@ -80,8 +80,8 @@ def thumbnails(
     def small(i):
         if (im := data.image(i)) is None: return None
         im.thumbnail((96, 96)); b = io.BytesIO(); im.save(b, 'JPEG', quality=85); return b.getvalue()
-    pictures = {i: small(i) for i in sorted({int(i) for i in items})}                    # refuses ids that the catalogue lacks
-    rows = [(i, *data.catalogue.select('title', 'category').row(i), picture) for i, picture in pictures.items()]
+    pictures = {i: small(i) for i in items}                    # refuses ids that the catalogue lacks
+    rows = [(int(i), *data.catalogue.select('title', 'category').row(int(i)), pictures[i]) for i in sorted(pictures)]
     return pl.DataFrame(rows, schema=dict(id=pl.Int32, title=pl.String, category=pl.String, thumbnail=pl.Binary), orient='row')
 
 def scores_to_beat(
