@@ -1,9 +1,10 @@
-"""SFT, DPO and HaNoRec (at the default hardness temperature and at the authors' 1.0) with the tiny backbone over seeds, through papermill;
+r"""SFT, DPO and HaNoRec (at the default hardness temperature and at the authors' 1.0) with the tiny backbone over seeds, through papermill;
 tables go to results/.
 
     python benchmarks/study_hanorec.py                                   # planted, all users, seeds 0 1 2
     python benchmarks/study_hanorec.py -p planted_seed=1 --out-dir runs/study-g1 --name hanorec_toys_planted_g1     # another generator seed
-    python benchmarks/study_hanorec.py --dataset ml-100k --source raw --data-dir "$MMREC_DATA" --max-users 300 -p examples_per_user=20 -p epochs=5
+    python benchmarks/study_hanorec.py --dataset ml-100k --source raw --data-dir "$MMREC_DATA" --max-users 300 -p epochs=5 --arms sft dpo hanorec \
+        --out-dir runs/study-ml --name hanorec_ml-100k
 
 The settings of the second stage are those that benchmarks/tune_hanorec.py chose on valid questions of the planted shop (generator seed 0).
 A stopped study goes on where it stopped: finished runs are reloaded. One study, one out_dir: runs are told apart by loss and tuned settings, not by other -p.
