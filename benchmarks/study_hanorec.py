@@ -100,6 +100,6 @@ if __name__ == '__main__':
     name = args.name or f'hanorec_{args.dataset}{"_planted" if args.source == "planted" else ""}'
     differences = tests(args, table)
     for part, frame in (('runs', table), ('summary', summary), ('tests', differences)):
-        if frame is not None: atomic_write(project_root()/'results'/f'{name}_{part}.csv', lambda tmp: frame.write_csv(tmp, float_precision=4))
+        if frame is not None: atomic_write(project_root()/'results'/f'{name}_{part}.csv', lambda tmp: frame.write_csv(tmp, float_precision=6))
     with pl.Config(tbl_cols=-1, tbl_width_chars=200): print(summary.select('arm', 'seeds', 'auc/model', 'auc/model sd'), differences)
     print(readme_row(summary))

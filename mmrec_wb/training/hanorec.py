@@ -23,7 +23,7 @@ from ..mllm.prompts import Collator
 from ..mllm.scoring import generate_answers, score_candidates, score_yes_no
 from ..mllm.tasks import TASKS, examples
 from ..preference.hardness import delta, item_vectors, weight
-from .metrics import auc, auc_hard, hit, ndcg, places, recall, uniform, valid_ratio
+from .metrics import auc, auc_hard, hit, ndcg, places, ranks, recall, uniform, valid_ratio
 
 # %% ../../nbs/training/hanorec.ipynb #f6583294
 SFT_SETTINGS = ('backbone', 'task', 'seed', 'pair_seed', 'epochs', 'batch_size', 'accumulation', 'lr', 'history', 'examples_per_user', 'candidates',
@@ -105,15 +105,15 @@ def evaluate_yes_no(data, model, processor, asked, s, sft=None) -> tuple: # fram
     "AUC from the log-odds, AUC of the answers (HaNoRec's), valid answers."
     found = score_yes_no(model, processor, data, asked, s['batch_size'], decoding=s['decoding'], seed=s['seed'])
     beat = {k: [float(v[0]) for v in rows] for k, rows in scores_to_beat(data, asked, [[t] for t in asked['target']], s).items()}
-    ranks = pl.concat([asked.select('user', 'target', 'label', task=pl.lit('yes_no')), found, pl.DataFrame(beat)], how='horizontal')
-    label, scorers = ranks['label'].to_numpy(), dict(model=ranks['log_odds'], **{k: ranks[k] for k in beat})
-    answers = dict(model=ranks['answer'])
+    frame = pl.concat([asked.select('user', 'target', 'label', task=pl.lit('yes_no')), found, pl.DataFrame(beat)], how='horizontal')
+    label, scorers = frame['label'].to_numpy(), dict(model=frame['log_odds'], **{k: frame[k] for k in beat})
+    answers = dict(model=frame['answer'])
     if sft is not None:
-        ranks = ranks.with_columns(p_yes_sft=sft['p_yes'], log_odds_sft=sft['log_odds'], answer_sft=sft['answer'])
-        scorers['sft'], answers['sft'] = ranks['log_odds_sft'], ranks['answer_sft']
+        frame = frame.with_columns(p_yes_sft=sft['p_yes'], log_odds_sft=sft['log_odds'], answer_sft=sft['answer'])
+        scorers['sft'], answers['sft'] = frame['log_odds_sft'], frame['answer_sft']
     values = {f'auc/{who}': auc(x.to_numpy(), label) for who, x in scorers.items()}
     for who, x in answers.items(): values |= {f'auc_hard/{who}': auc_hard(x.to_list(), label), f'valid_ratio/{who}': valid_ratio(x.to_list())}
-    return ranks, values
+    return frame, values
 
 # %% ../../nbs/training/hanorec.ipynb #ba613941
 def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame, metrics
@@ -126,7 +126,8 @@ def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame
     if sft is not None: frame = frame.with_columns(sft[c].alias(f'{c}_sft') for c in ('rank', 'ranks', 'rank_written', 'ranks_written', 'valid'))
     columns = dict(model=('rank', 'ranks'), sft=('rank_sft', 'ranks_sft'))
     for who, rows in scores_to_beat(data, asked, [np.array(c) for c in asked['candidates'].to_list()], s).items():
-        all_ranks = [[int((x >= x[c.index(p)]).sum()) for p in true] for x, c, true in zip(rows, asked['candidates'].to_list(), asked['positive'].to_list())]
+        all_ranks = [ranks(torch.from_numpy(np.tile(x, (k, 1))), torch.tensor([c.index(p) for p in true])).tolist()
+                     for x, c, true in zip(rows, asked['candidates'].to_list(), asked['positive'].to_list())]
         columns[who] = (f'rank_{who}', f'ranks_{who}')
         frame = frame.with_columns(pl.Series(f'ranks_{who}', all_ranks), pl.Series(f'rank_{who}', [r[0] for r in all_ranks]))  # positive[0] is the target
     values = {f'HR@{k}/uniform': uniform(hit, k, n), f'NDCG@{k}/uniform': uniform(ndcg, k, n)}
@@ -149,9 +150,9 @@ def write_evaluation(run, data, model, processor, s, sft=None):
         except WorkbenchError:
             if split == 'test': raise
             continue                                         # a small set can do without valid
-        ranks, values = evaluate(data, model, processor, asked, s, sft if split == 'test' else None)
+        frame, values = evaluate(data, model, processor, asked, s, sft if split == 'test' else None)
         run.rewind(split, -1); run.log(0, split, **values)      # what a killed evaluation left is not counted twice
-    run.save('ranks', ranks)
+    run.save('ranks', frame)
 
 # %% ../../nbs/training/hanorec.ipynb #632048b7
 def processes() -> tuple: # rank, number of processes

@@ -262,7 +262,9 @@ def loss_curves(
     for i, (split, rows) in enumerate(stages):
         n, left, right = '' if i == 0 else '2', 0 if i == 0 else .55, .45 if i == 0 and len(stages) == 2 else 1
         x, y = 'x' + n, 'y' + n
-        legend = dict(x=right, xanchor='right', y=1, yanchor='top', orientation='v', font=dict(size=11), bgcolor='rgba(255,255,255,.7)')
+        at_the_top = dict(x=right, xanchor='right', y=1, yanchor='top')
+        corner = at_the_top if split == 'sft' else dict(x=left, xanchor='left', y=0, yanchor='bottom')                # off the curve and ln 2
+        legend = dict(corner, orientation='v', font=dict(size=11), bgcolor='rgba(255,255,255,.7)')
         fig.update_layout({f'xaxis{n}': dict(domain=[left, right], anchor=y, title_text='optimiser step', showgrid=False),
                            f'yaxis{n}': dict(anchor=x, nticks=6), f'legend{n}': legend})
         heading(fig, dict(sft='1. Supervised fine-tuning', preference='2. Preference optimisation')[split], left, 1)

@@ -36,7 +36,7 @@ def _cells(
     "Numbers with three digits; nothing recorded is a dash."
     shown = [None if v is None else f'{v:.3f}' for v in values]
     rivals = [s for s, r in zip(shown, rival) if r and s is not None]
-    best = max(rivals, key=float) if len(rivals) > 1 else None
+    best = max(rivals, key=float) if len(rivals) > 1 and any(map(float, rivals)) else None          # nobody is best at nothing
     return ['–' if s is None else f'<b>{s}</b>' if r and s == best else s for s, r in zip(shown, rival)]
 
 def _draw_dots(fig, scores, lead, names):
@@ -50,10 +50,11 @@ def _draw_dots(fig, scores, lead, names):
         marker=dict(size=13, color=[colour.get(s, '#8A8A8A') for _, s, *_ in rows], symbol=['diamond' if s == 'oracle' else 'circle' for _, s, *_ in rows],
                     line=dict(width=1.5, color=[INK if s == 'oracle' else 'white' for _, s, *_ in rows])))
     ceiling = [v for _, s, v, _ in rows if s == 'oracle']
-    for at, text in [(chance, said)] + [(v, 'ceiling') for v in ceiling]:
-        fig.add_shape(type='line', xref='x2', yref='y domain', x0=at, x1=at, y0=0, y1=1, line=dict(color=INK, width=1, dash='dash'), layer='below')
-        note(fig, text, at, 1, 'center bottom', xref='x2', yref='y domain', yshift=3, font=dict(size=11))
     low, high = min([chance] + [v for *_, v, _ in rows]), max([.5] + [v for *_, v, _ in rows]); room = max((high - low)*.1, .02)
+    for at, text in [(chance, said)] + [(v, 'ceiling') for v in ceiling]:
+        lift = 14 if text == 'ceiling' and abs(at - chance) < .3*(high - low + 2*room) else 0                # the two names would overlap
+        fig.add_shape(type='line', xref='x2', yref='y domain', x0=at, x1=at, y0=0, y1=1, line=dict(color=INK, width=1, dash='dash'), layer='below')
+        note(fig, text, at, 1, 'center bottom', xref='x2', yref='y domain', yshift=3 + lift, font=dict(size=11))
     fig.update_layout(xaxis2_range=[low - room, high + room])
 
 # %% ../../nbs/viz/results.ipynb #bf71231c
