@@ -11,6 +11,7 @@ import polars as pl, torch
 from tqdm import tqdm
 from ..core.errors import WorkbenchError, unknown
 from ..core.seeds import rng
+from .answers import answer_log_probs, why_plain
 from .prompts import TOKENWISE, Collator
 from .tasks import ANSWERS, folded, shown_title
 
@@ -61,28 +62,22 @@ def score_yes_no(
     return pl.DataFrame(rows, schema=dict(p_yes=pl.Float64, log_odds=pl.Float64, answer=pl.String), orient='row')
 
 # %% ../../nbs/mllm/scoring.ipynb #d8103dc7
-def _log_probs(model, x):
-    "Summed log-probabilities of the answers, one a row."
-    answer = x.pop('completion_mask').bool()
-    last = answer.shape[1] - int(answer.float().argmax(1).min())             # positions from the earliest answer's first token to the end
-    z = model(**x, use_cache=False, logits_to_keep=last + 1).logits[:, :-1].float()
-    tokens = x['input_ids'][:, -last:]
-    return (z.gather(-1, tokens[..., None])[..., 0] - z.logsumexp(-1)).masked_fill(~answer[:, -last:], 0.).double().sum(1)
-
 def score_candidates(
     model, processor, data,
     examples: pl.DataFrame, # of a task with candidates
-    batch_size: int=32,     # rows of a forward: a prompt with one of its candidates
+    batch_size: int=32,     # prompts of a forward, and at most so many candidates of each (rows, where the model's answers are computed one by one)
     progress: bool=True
 ) -> pl.DataFrame: # scores (log-probabilities, in the candidates' order), rank (of the target, from 1), ranks (of each item of `positive`)
     "The likelihood of every candidate's title as the answer, or as its first line, for every example, in their order."
     collate, rows, n, several = Collator(data, processor, 'none'), [None]*examples.height, len(examples['candidates'][0]), len(examples['positive'][0]) > 1
+    packed = why_plain(model, processor) is None
     with _asking(model) as device:
-        for some in _batches(examples, max(1, batch_size//n), progress):
+        for some in _batches(examples, batch_size if packed else max(1, batch_size//n), progress):
             asked = examples[some].to_dicts()
-            tails = [[collate.tail(shown_title(data, e['candidates'][c]), several) for e in asked] for c in range(n)]
-            parts = [tails[c:c + batch_size] for c in range(0, n, batch_size)]   # one, unless there are more candidates than rows
-            scores = torch.cat([_log_probs(model, {k: v.to(device) for k, v in collate.batch(asked, p).items()}) for p in parts]).view(n, -1).T.cpu()
+            titles = [[collate.tail(shown_title(data, c), several) for c in e['candidates']] for e in asked]
+            x = {k: v.to(device) for k, v in collate.beside(asked, titles).items()}
+            parts = x.pop('answers').split(batch_size, 1)                        # one, unless there are more candidates than that
+            scores = torch.cat([answer_log_probs(model, x, p, packed).tokens.double().sum(2) for p in parts], 1).cpu()
             if scores.isnan().any(): raise WorkbenchError('the log-probabilities hold NaN: the model diverged (lower lr)')
             for i, e, s in zip(some, asked, scores):
                 ranks = [int((s >= s[e['candidates'].index(p)]).sum()) for p in e['positive']]

@@ -296,7 +296,7 @@ def train_preference(
         rows = train.with_columns(weight=hard['weight']).to_dicts()
         where, every, args = _arguments(run, s, len(rows), s['preference_epochs'], s['preference_lr'], dataloader_drop_last=len(rows) > s['batch_size'])
         trainer = PreferenceTrainer(model, args=trainer_args(DPOConfig, where, every, beta=s['beta'], **args), train_dataset=as_dataset(rows),
-            processing_class=processor, data_collator=Collator(data, processor, 'pair'),
+            processing_class=processor, data_collator=Collator(data, processor, 'all'),
             peft_config=lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']), loss=s['loss'], beta=s['beta'], adaptive=s['loss'] == 'hanorec',
             **{k: s[k] for k in ('noise', 'noise_on', 'eta_over', 'label_smoothing') if s[k] is not None})
         policy = fit(trainer, run, 'preference', CURVES, s['loss'])

@@ -16,6 +16,7 @@ from trl import DPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from ..core.seeds import rng
 from ..data.encoders import quiet_transformers
+from ..mllm.answers import answer_log_probs, why_plain
 from ..preference.hardness import adaptive_beta, responsiveness
 from ..preference.losses import gaps, get_loss
 from ..preference.noise import lora_noise, noisy_logits
@@ -74,25 +75,21 @@ class PreferenceTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         self.loss, self.beta_0, self.adaptive, self.eta_over, self.noise, self.noise_on = get_loss(loss), beta, adaptive, eta_over, noise, noise_on
         self.extra, self._ahead, self._step_gaps = dict(eps=label_smoothing) if label_smoothing else {}, [], None
+        self.packed = why_plain(self.model, self.processing_class) is None
 
     def log_probs(self, model, inputs, sigma=0.):
-        "Summed log-probabilities of the answers, [B, 2]: chosen, rejected; `sigma`: noise on the logits."
-        x = {k: v for k, v in inputs.items() if k not in ('completion_mask', 'weight')} | dict(use_cache=False)
-        answer = inputs['completion_mask'].bool()
-        if not sigma: return torch.stack(model(**x, labels=x['input_ids'].masked_fill(~answer, -100), fused_lm_head=True).log_probs.sum(1).chunk(2), 1)
-        columns = answer.any(0).nonzero()[:, 0]                      # where some row has a token of its answer; each is predicted one position before
-        tokens, answer = x['input_ids'][:, columns], answer[:, columns]
-        z = noisy_logits(model(**x, logits_to_keep=columns - 1).logits, answer, sigma)
-        per_token = z.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        return torch.stack((per_token*answer).sum(1).chunk(2), 1)
+        "Summed log-probabilities of the answers, [B, 1+K]: chosen, rejected; `sigma`: noise on the logits."
+        x, answers = {k: v for k, v in inputs.items() if k not in ('answers', 'weight')}, inputs['answers']
+        noisy = lambda z, counts: noisy_logits(z, counts, sigma, copies=answers.shape[1])
+        return answer_log_probs(model, x, answers, self.packed, on_logits=noisy if sigma else None).total
 
     def reference_log_probs(self, model, inputs):
-        "[B, 2], of the policy without its LoRA."
+        "[B, 1+K], of the policy without its LoRA."
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, self.accelerator.unwrap_model(self.model).disable_adapter(): return self.log_probs(model, inputs)
 
     def policy_log_probs(self, model, inputs, seed=None):
-        "[B, 2], with the noise of training; `seed` fixes the draws of noise and dropout."
+        "[B, 1+K], with the noise of training; `seed` fixes the draws of noise and dropout."
         devices = [self.args.device] if self.args.device.type == 'cuda' else []
         with torch.random.fork_rng(devices) if seed is not None else contextlib.nullcontext():
             if seed is not None: torch.manual_seed(seed)

@@ -66,7 +66,7 @@ def result_table(
     "Scorers and metrics as a table, the first metric also as dots."
     scores = test_scores(metrics); shown, row = scores.columns[1:], 38; lead = shown[0]
     label = [shorten((SCORERS | (names or {})).get(s, s), 22) for s in scores['scorer']]
-    dots = scores[lead].count() > 0
+    dots = scores[lead].count() > 0 and len(shown) < 6                                # beside more columns their heads would run together
     right = (.6 if len(shown) < 5 else .74) if dots else 1
     high = row*len(scores); first = .2 if dots else .3
     at = [first + (right - first)*(k + .9)/len(shown) for k in range(len(shown))]     # right ends of the columns
