@@ -49,9 +49,9 @@ def test_facts_of_every_example(data, task, split, seed):
         assert set(true) <= shown and set(r['negative']) <= others and not others & set(unseen_in) and all(1 <= i <= data.n_items for i in shown)
         if task == 'yes_no':
             assert [r['target']] == (r['positive'] if r['label'] else r['negative'])
-            assert (r['chosen'], r['rejected'])[::1 if r['label'] else -1] == ('Yes', 'No'); continue
+            assert (r['chosen'], *r['rejected'])[::1 if r['label'] else -1] == ('Yes', 'No'); continue
         assert r['target'] == true[0] and len(r['candidates']) == len(shown) == dict(top3=7, pick_one=10)[task]
-        assert r['chosen'].split('\n') == [shown_title(data, i) for i in true] and r['rejected'].split('\n') == [shown_title(data, i) for i in r['negative']]
+        assert r['chosen'].split('\n') == [shown_title(data, i) for i in true] and r['rejected'][0].split('\n') == [shown_title(data, i) for i in r['negative']]
         assert len({folded(shown_title(data, i)) for i in shown}) == len(shown)
         if split == 'train' and task == 'pick_one': assert k < len(items) - 2
 
@@ -124,7 +124,7 @@ def test_prompt_shows_what_is_asked_and_no_answer(data, task):
         assert shown == [i for i in pictured if data.image(i) is not None]
         assert text.count('[picture]') == len(shown) and text.count('[picture]') + text.count('no picture') == len(pictured)
         if task != 'yes_no': assert text.splitlines()[-len(e['candidates']):] == [shown_title(data, i) for i in e['candidates']]
-        assert (messages, shown) == prompt(data, e | dict(chosen='?', rejected='?', positive=e['positive'][::-1]))
+        assert (messages, shown) == prompt(data, e | dict(chosen='?', rejected=['?'], positive=e['positive'][::-1]))
 
 @pytest.mark.parametrize('task', TASKS)
 def test_answers_stand_behind_their_prompts(backbone, data, task):
@@ -134,7 +134,7 @@ def test_answers_stand_behind_their_prompts(backbone, data, task):
     said = lambda ids: processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     for k, e in enumerate(rows):
         ask = none['input_ids'][k][none['attention_mask'][k].bool()]
-        for x, row, answer in ((right, k, e['chosen']), (pair, k, e['chosen']), (pair, 3 + k, e['rejected'])):
+        for x, row, answer in ((right, k, e['chosen']), (pair, k, e['chosen']), (pair, 3 + k, e['rejected'][0])):
             ids = x['input_ids'][row][x['attention_mask'][row].bool()]
             mask = (x['labels'][row] != -100) if 'labels' in x else x['completion_mask'][row].bool()
             assert torch.equal(ids[:len(ask)], ask) and torch.equal(ids[len(ask):], x['input_ids'][row][mask]) and said(ids[len(ask):]) == answer
@@ -230,7 +230,7 @@ def test_answers_known_beforehand(data, tiny):
     assert g['valid'].all() and g['named'].to_list() == e['positive'].to_list() and g['answer'].equals(e['chosen'].rename('answer'))
     assert set(g['rank']) == {1} and r.tolist() == [[1, 2, 3]]*e.height
     assert recall(r, 3).mean() == hit(r[:, 0], 3).mean() == valid_ratio(g['valid'].to_list()) == 1
-    g = write(e['rejected'].to_list()); r = places(g['ranks'])
+    g = write(e['rejected'].list.first().to_list()); r = places(g['ranks'])
     assert g['valid'].all() and g['named'].to_list() == e['negative'].to_list() and g['rank'].is_null().all() and recall(r, 3).sum() == 0
     last_two = ['\n'.join(t.split('\n')[:0:-1]) for t in e['chosen']]; g = write(last_two); r = places(g['ranks'])
     assert not g['valid'].any() and g['rank'].is_null().all() and [x[1:] for x in g['ranks'].to_list()] == [[2, 1]]*e.height

@@ -128,6 +128,32 @@ def test_defaults_are_the_notebooks():
     shown = {k: parameter(v['default'].strip("'")) for k, v in inspect_notebook(str(ROOT/'nbs'/'train_hanorec.ipynb')).items()}
     assert {k: shown.get(k) for k in DEFAULTS if k != 'notebook'} == {k: v for k, v in DEFAULTS.items() if k != 'notebook'}
 
+HANOREC = dict(loss='hanorec', adaptive=True)
+
+@pytest.mark.parametrize('task, K, how', [('yes_no', 1, dict(loss='dpo')), ('yes_no', 1, dict(noise=.05, **HANOREC)), ('pick_one', 3, dict(loss='dpo')),
+                                          ('yes_no', 1, dict(noise=.05, eta_over='step', **HANOREC)), ('top3', 4, dict(noise=.02, **HANOREC))])
+def test_twenty_steps_packed_are_twenty_steps_one_by_one(tmp_path, task, K, how):
+    "Without dropout, with no noise or the same draws: losses within 1e-4 relative. (The logits' noise has other shapes, so other draws.)"
+    from trl import DPOConfig
+    from mmrec_wb.data import load_dataset
+    from mmrec_wb.mllm.backbones import load_backbone, lora_config
+    from mmrec_wb.mllm.prompts import Collator
+    from mmrec_wb.mllm.tasks import examples
+    from mmrec_wb.training.trl_trainers import PreferenceTrainer, as_dataset, quiet, trainer_args
+    data, losses = load_dataset('toys', source='planted', planted_users=120, planted_items=80), []
+    asked = examples(data, task, 'train', 0, per_user=1, negatives=K).head(80).to_dicts()
+    rows = [e | dict(weight=[.9 + .01*((7*n + k) % 20) for k in range(K)]) for n, e in enumerate(asked)]
+    for packed in (True, False):
+        model, processor = load_backbone('tiny', data.catalogue['title'].to_list(), seed=0)
+        args = trainer_args(DPOConfig, tmp_path/str(packed), 100, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=20,
+                            learning_rate=1e-3, seed=0, report_to='none', beta=.5)
+        trainer = quiet(PreferenceTrainer(model, args=args, train_dataset=as_dataset(rows), processing_class=processor, beta=.5,
+                                          data_collator=Collator(data, processor, 'all'), peft_config=lora_config(dropout=0.), **how))
+        assert trainer.packed; trainer.packed = packed
+        trainer.train(); losses.append(pl.Series([l['loss'] for l in trainer.state.log_history if 'loss' in l]))
+    a, b = losses
+    assert len(a) == len(b) == 20 and a.std() > 1e-3 and ((a - b).abs()/b.abs()).max() < 1e-4, ((a - b).abs()/b.abs()).max()
+
 @pytest.mark.parametrize('task, k, n', [('top3', 3, 7), ('pick_one', 1, 5)])
 def test_list_tasks(tmp_path, task, k, n):
     "Whole runs through papermill; chance stands beside the model."

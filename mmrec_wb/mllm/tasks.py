@@ -7,6 +7,7 @@ __all__ = ['TASKS', 'ANSWERS', 'SCHEMA', 'shown_title', 'positions', 'yes_no_exa
 
 # %% ../../nbs/mllm/tasks.ipynb #d54a87c9
 from collections import Counter
+from itertools import permutations
 import numpy as np, polars as pl
 from ..core.errors import WorkbenchError, unknown
 from ..core.seeds import rng
@@ -14,7 +15,7 @@ from ..data import Dataset
 
 # %% ../../nbs/mllm/tasks.ipynb #cd56679d
 TASKS, ANSWERS = ('yes_no', 'top3', 'pick_one'), {1: 'Yes', 0: 'No'}
-SCHEMA = dict(user=pl.Int32, history=pl.List(pl.Int32), times=pl.List(pl.Int64), when=pl.Int64, target=pl.Int32, chosen=pl.String, rejected=pl.String,
+SCHEMA = dict(user=pl.Int32, history=pl.List(pl.Int32), times=pl.List(pl.Int64), when=pl.Int64, target=pl.Int32, chosen=pl.String, rejected=pl.List(pl.String),
     positive=pl.List(pl.Int32), negative=pl.List(pl.Int32), candidates=pl.List(pl.Int32), label=pl.Int8)
 
 def shown_title(data: Dataset, item: int) -> str: # '' if it has none
@@ -55,7 +56,7 @@ def yes_no_examples(
         negative = next(i for i in iter(lambda: int(g.integers(1, data.n_items + 1)), None) if i not in seen)
         label, positive = int(g.random() < .5), int(items[k])
         rows.append(_before(u, items, times, k, history) | dict(target=positive if label else negative, chosen=ANSWERS[label],
-            rejected=ANSWERS[1 - label], positive=[positive], negative=[negative], label=label))
+            rejected=[ANSWERS[1 - label]], positive=[positive], negative=[negative], label=label))
     if not rows:
         raise WorkbenchError(f'{data.title}: the {split} split has no example with {min_history} items of history; '
                              'use more users or longer sequences (min_length)')
@@ -84,28 +85,31 @@ def _drawn(data, g, before, true, n, seen, titles):
 
 def _row(data, before, right, wrong, candidates):
     text = lambda items: '\n'.join(shown_title(data, i) for i in items)
-    return before | dict(target=right[0], chosen=text(right), rejected=text(wrong), positive=right, negative=wrong, candidates=candidates)
+    return before | dict(target=right[0], chosen=text(right), rejected=[text(w) for w in wrong], positive=right, negative=sum(wrong, []), candidates=candidates)
 
 # %% ../../nbs/mllm/tasks.ipynb #58c1b675
-def _pick_one(data, split, seed, history, per_user, candidates, left_out):
+def _pick_one(data, split, seed, history, per_user, candidates, negatives, left_out):
     g, titles = rng(seed, 'pick_one', split), [folded(t or '') for t in data.catalogue['title']]
     for u, items, times, k, seen in positions(data, split, per_user, 2):
         before, true = _before(u, items, times, k, history), [int(items[k])]
-        negatives, shown = _drawn(data, g, before, true, candidates - 1, seen, titles)
-        if negatives is None: left_out[shown] += 1
-        else: yield _row(data, before, true, negatives[:1], shown)
+        wrong, shown = _drawn(data, g, before, true, candidates - 1, seen, titles)
+        if wrong is None: left_out[shown] += 1
+        else: yield _row(data, before, true, [[i] for i in wrong[:negatives]], shown)
 
-def _top3(data, split, seed, history, per_user, candidates, left_out):
+def _top3(data, split, seed, history, per_user, candidates, negatives, left_out):
+    more = rng(seed, 'top3', 'rejected', split)
     g, titles, lengths = rng(seed, 'top3', split), [folded(t or '') for t in data.catalogue['title']], np.diff(data.offsets)
     users = rng(0, 'top3', 'users').permutation(np.flatnonzero(lengths >= 6))       # the same for every seed
     n, left_out['fewer than six items'] = len(users), int((lengths < 6).sum())
     for u in np.sort(users[dict(train=slice(0, n*8//10), valid=slice(n*8//10, n*9//10), test=slice(n*9//10, n))[split]]).tolist():
         items, times = data.sequence(u)
         before, true = _before(u, items, times, len(items) - 3, min(history, 3)), items[:-4:-1].tolist()
-        negatives, shown = _drawn(data, g, before, true, 4, set(items.tolist()), titles)
-        if negatives is None: left_out[shown] += 1
-        else: yield _row(data, before, true, negatives[:3], shown)
+        wrong, shown = _drawn(data, g, before, true, 4, set(items.tolist()), titles)
+        if wrong is None: left_out[shown] += 1; continue
+        others = [list(p) for p in permutations(wrong, 3)][1:]                           # 24 answers of three in order; the first is the authors'
+        yield _row(data, before, true, [wrong[:3], *(others[i] for i in more.permutation(23)[:negatives - 1])], shown)
 
+# %% ../../nbs/mllm/tasks.ipynb #c833f4cb
 def examples(
     data: Dataset,
     task: str,         # of `TASKS`
@@ -114,16 +118,19 @@ def examples(
     history: int=5,    # items shown; top3 shows 3 at most
     per_user: int=5,   # train, not top3: at most so many positions of a user, the most recent
     candidates: int=10,# pick_one: titles to choose from
+    negatives: int=1,  # K, rejected answers of an example: yes_no 1, top3 at most 24, pick_one at most candidates - 1
     left_out: Counter|None=None # if given, counts what was left out, by reason (lists only)
 ) -> pl.DataFrame: # user, history and times (oldest first), when, target, chosen, rejected, positive, negative; label (yes_no) or candidates (lists)
     """The examples of one task and split. `target` is the item in question (yes_no), the true one (pick_one), the most recent true one (top3);
     `when` is the time of the first item asked for."""
     if task not in TASKS: raise unknown('task', task, TASKS)
     if split not in ('train', 'valid', 'test'): raise unknown('split', split, ('train', 'valid', 'test'))
-    if task == 'yes_no': return yes_no_examples(data, split, seed, history, per_user)
     if candidates < 2: raise WorkbenchError(f'candidates={candidates}: there must be at least 2 to choose from')
+    most = dict(yes_no=1, top3=24, pick_one=candidates - 1)[task]
+    if not 1 <= negatives <= most: raise WorkbenchError(f'negatives={negatives}: the task {task} has 1 to {most} wrong answers of an example')
+    if task == 'yes_no': return yes_no_examples(data, split, seed, history, per_user)
     left_out = Counter() if left_out is None else left_out
-    rows = list((_top3 if task == 'top3' else _pick_one)(data, split, seed, history, per_user, candidates, left_out))
+    rows = list((_top3 if task == 'top3' else _pick_one)(data, split, seed, history, per_user, candidates, negatives, left_out))
     why = '; '.join(f'{k}: {v}' for k, v in left_out.items() if v) or 'too few users, or too short sequences'
     if not rows: raise WorkbenchError(f'{data.title}: the {split} split has no {task} example ({why}); use more users or longer sequences (min_length)')
     return pl.DataFrame(rows, schema={c: SCHEMA[c] for c in SCHEMA if c != 'label'})

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SFT_SETTINGS', 'HANOREC_SETTINGS', 'PREFERENCE_SETTINGS', 'DEFAULTS', 'PROTOCOLS', 'CURVES', 'settled', 'questions',
            'pick_device', 'check_tracker', 'thumbnails', 'scores_to_beat', 'evaluate_yes_no', 'evaluate_lists',
-           'write_evaluation', 'processes', 'together', 'last_checkpoint', 'fit', 'load_model', 'train_sft',
-           'pair_hardness', 'train_preference']
+           'write_evaluation', 'last_checkpoint', 'fit', 'load_model', 'train_sft', 'pair_hardness', 'train_preference']
 
 # %% ../../nbs/training/hanorec.ipynb #e7d1f626
 import contextlib, hashlib, io, json, shutil
@@ -14,12 +13,14 @@ from collections import Counter
 from pathlib import Path
 import numpy as np, polars as pl, torch
 from ..core.errors import WorkbenchError, unknown
+from ..core.processes import processes, together
 from ..core.record import Run, open_run
 from ..core.seeds import rng
 from ..data import card
 from ..data.encoders import ENCODERS
 from ..mllm.backbones import backbone_vectors, load_backbone, lora_config
 from ..mllm.prompts import Collator
+from ..mllm.reference import reference_log_probs
 from ..mllm.scoring import generate_answers, score_candidates, score_yes_no
 from ..mllm.tasks import TASKS, examples
 from ..preference.hardness import delta, item_vectors, weight
@@ -29,9 +30,9 @@ from .metrics import auc, auc_hard, hit, ndcg, places, ranks, recall, uniform, v
 SFT_SETTINGS = ('backbone', 'task', 'seed', 'pair_seed', 'epochs', 'batch_size', 'accumulation', 'lr', 'history', 'examples_per_user', 'candidates',
     'decoding', 'max_pixels', 'lora_rank', 'lora_alpha', 'lora_dropout')
 HANOREC_SETTINGS = ('noise', 'noise_on', 'hard_temp', 'neighbours', 'hardness_from', 'eta_over', 'label_smoothing') # without meaning for other losses
-PREFERENCE_SETTINGS = ('loss', 'preference_epochs', 'preference_lr', 'beta', *HANOREC_SETTINGS)
+PREFERENCE_SETTINGS = ('loss', 'negatives', 'preference_epochs', 'preference_lr', 'beta', *HANOREC_SETTINGS)
 DEFAULTS = dict(backbone='tiny', task='yes_no', seed=0, pair_seed=2025, epochs=3, batch_size=32, accumulation=1, lr=3e-4, history=5, examples_per_user=5,
-    candidates=10, decoding='greedy', max_pixels=262144, lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', preference_epochs=1,
+    candidates=10, decoding='greedy', max_pixels=262144, lora_rank=8, lora_alpha=32, lora_dropout=.05, loss='hanorec', negatives=1, preference_epochs=1,
     preference_lr=1e-4, beta=.1, noise=.05, noise_on='lora', hard_temp=.05, neighbours=10, hardness_from='encoders', eta_over='micro_batch', label_smoothing=0.,
     text_encoder=ENCODERS['text'], image_encoder=ENCODERS['image'],
     device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
@@ -51,10 +52,10 @@ def settled(settings: dict) -> dict: # every setting
     elif not s['noise']: s['noise_on'] = None
     return s
 
-def questions(data, split: str, s: dict, left_out=None) -> pl.DataFrame: # of `mllm.tasks.examples`
-    "The examples of a split; `left_out`, a Counter, says how many are missing and why."
+def questions(data, split: str, s: dict, left_out=None, negatives=1) -> pl.DataFrame: # of `mllm.tasks.examples`
+    "The examples of a split, with `negatives` rejected answers each; `left_out`, a Counter, says how many are missing and why."
     how = dict(history=s['history'], per_user=s['examples_per_user'], candidates=s['candidates'])
-    return examples(data, s['task'], split, s['pair_seed'], left_out=left_out, **{k: v for k, v in how.items() if v is not None})
+    return examples(data, s['task'], split, s['pair_seed'], left_out=left_out, negatives=negatives, **{k: v for k, v in how.items() if v is not None})
 
 def pick_device(name: str) -> str: # 'cuda', 'mps' or 'cpu'
     "The device that 'auto' means, or the one named, if it is there."
@@ -155,15 +156,6 @@ def write_evaluation(run, data, model, processor, s, sft=None):
     run.save('ranks', frame)
 
 # %% ../../nbs/training/hanorec.ipynb #632048b7
-def processes() -> tuple: # rank, number of processes
-    "Which of the processes of `accelerate launch` this is."
-    import torch.distributed as dist
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-def together():
-    "Wait for the other processes."
-    if processes()[1] > 1: torch.distributed.barrier()
-
 def last_checkpoint(folder: Path) -> tuple: # its path or None, its step
     "The newest whole checkpoint."
     found = sorted(Path(folder).glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]), reverse=True)
@@ -254,13 +246,15 @@ def train_sft(
 def pair_hardness(
     data, train: pl.DataFrame, s: dict,
     model=None, processor=None # for hardness_from='backbone'
-) -> pl.DataFrame: # pair, user, chosen_item, rejected_item (the first of several), delta, weight
+) -> pl.DataFrame: # pair, user, chosen_item, rejected_item (the first of several), delta, weight; K rows for an example, one after the other
     "delta (small = hard) and lambda of every training pair."
     vectors = backbone_vectors(model, processor, data) if s['hardness_from'] == 'backbone' else item_vectors(data.features)
-    chosen, rejected = (np.array(train[c].to_list()) for c in ('positive', 'negative'))               # [n, 1] or, for top-3, [n, 3]
+    chosen, rejected = (np.array(train[c].to_list()) for c in ('positive', 'negative'))               # [n, m], [n, K*m]; m = 3 for top-3, else 1
+    n, m = chosen.shape; K = rejected.shape[1]//m
+    chosen, rejected = np.repeat(chosen, K, axis=0), rejected.reshape(n*K, m)
     d = delta(vectors, chosen.ravel(), rejected.ravel(), k=s['neighbours'], temperature=s['hard_temp']).reshape(chosen.shape).mean(1)
-    ids = dict(chosen_item=pl.Series(chosen[:, 0], dtype=pl.Int32), rejected_item=pl.Series(rejected[:, 0], dtype=pl.Int32))
-    return train.select(pair=pl.int_range(pl.len()), user='user').with_columns(**ids, delta=pl.Series(d), weight=pl.Series(weight(d)))
+    columns = dict(pair=np.arange(n*K), user=np.repeat(train['user'].to_numpy(), K), chosen_item=chosen[:, 0], rejected_item=rejected[:, 0])
+    return pl.DataFrame(columns | dict(delta=d, weight=weight(d)), schema_overrides=dict(chosen_item=pl.Int32, rejected_item=pl.Int32))
 
 def _digest(features):
     "Eight digits for the vectors that hardness is measured with: they change the result, whatever they were called."
@@ -282,7 +276,7 @@ def train_preference(
     **settings
 ) -> Run:
     "Stage 2: a new LoRA on the frozen result of SFT, trained with a preference loss. A finished run of the same settings is reloaded."
-    s = settled(settings); train, test = (questions(data, split, s) for split in ('train', 'test'))
+    s = settled(settings); train, test = questions(data, 'train', s, negatives=s['negatives']), questions(data, 'test', s)
     params = dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS},
                   vectors=_digest(data.features) if s['hardness_from'] == 'encoders' else None)
     with _open(s['loss'].replace(':', '.'), data, s, params) as run:
@@ -293,10 +287,13 @@ def train_preference(
         model.to(s['device'])                                                             # for the vectors of `hardness_from='backbone'`
         hard = pair_hardness(data, train, DEFAULTS | {k: v for k, v in s.items() if v is not None}, model, processor)
         run.save('explain/hardness', hard); run.save('items', _shown(data, hard, test))
-        rows = train.with_columns(weight=hard['weight']).to_dicts()
+        rows = train.with_columns(weight=pl.Series(hard['weight'].to_numpy().reshape(len(train), -1))).to_dicts()     # [K] each
         where, every, args = _arguments(run, s, len(rows), s['preference_epochs'], s['preference_lr'], dataloader_drop_last=len(rows) > s['batch_size'])
+        collate = Collator(data, processor, 'all')
+        reference = reference_log_probs(model, collate, rows, batch_size=args['per_device_train_batch_size'])
+        rows = [r | dict(reference=values) for r, values in zip(rows, reference)]
         trainer = PreferenceTrainer(model, args=trainer_args(DPOConfig, where, every, beta=s['beta'], **args), train_dataset=as_dataset(rows),
-            processing_class=processor, data_collator=Collator(data, processor, 'all'),
+            processing_class=processor, data_collator=collate,
             peft_config=lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']), loss=s['loss'], beta=s['beta'], adaptive=s['loss'] == 'hanorec',
             **{k: s[k] for k in ('noise', 'noise_on', 'eta_over', 'label_smoothing') if s[k] is not None})
         policy = fit(trainer, run, 'preference', CURVES, s['loss'])

@@ -17,6 +17,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..core.seeds import rng
 from ..data.encoders import quiet_transformers
 from ..mllm.answers import answer_log_probs, why_plain
+from ..mllm.prompts import NUMBERS
 from ..preference.hardness import adaptive_beta, responsiveness
 from ..preference.losses import gaps, get_loss
 from ..preference.noise import lora_noise, noisy_logits
@@ -79,12 +80,13 @@ class PreferenceTrainer(DPOTrainer):
 
     def log_probs(self, model, inputs, sigma=0.):
         "Summed log-probabilities of the answers, [B, 1+K]: chosen, rejected; `sigma`: noise on the logits."
-        x, answers = {k: v for k, v in inputs.items() if k not in ('answers', 'weight')}, inputs['answers']
+        x, answers = {k: v for k, v in inputs.items() if k not in ('answers', *NUMBERS)}, inputs['answers']
         noisy = lambda z, counts: noisy_logits(z, counts, sigma, copies=answers.shape[1])
         return answer_log_probs(model, x, answers, self.packed, on_logits=noisy if sigma else None).total
 
     def reference_log_probs(self, model, inputs):
-        "[B, 1+K], of the policy without its LoRA."
+        "[B, 1+K]: what the examples bring along, but for the first step; or else of the policy without its LoRA."
+        if 'reference' in inputs and self.state.global_step: return inputs['reference']
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, self.accelerator.unwrap_model(self.model).disable_adapter(): return self.log_probs(model, inputs)
 
