@@ -88,21 +88,18 @@ def pairs(data, processor, rows, own):
     return lambda: collate([dict(prompt=m, images=[pictures(i) for i in shown], chosen=c, rejected=r) for m, shown, c, r in asked])
 
 # ---- the ways: functions that run once and return a number
-class Branches(PreferenceTrainer):
-    "Hands on which tokens count, and the answers' own pictures."
-    def log_probs(self, model, inputs, sigma=0.):
-        x = {k: v for k, v in inputs.items() if k not in ('answers', 'counts', 'pictures', 'weight', 'reference')}
-        return answer_log_probs(model, x, inputs['answers'], self.packed, inputs['counts'], inputs['pictures']).total
-
 def step(way):
     "One preference step; returns its loss."
-    (model, processor, data), cls = policy_and_data(), DPOTrainer if way.how == 'TRL' else Branches if way.own else PreferenceTrainer
+    (model, processor, data), cls = policy_and_data(), DPOTrainer if way.how == 'TRL' else PreferenceTrainer
     rows = batch(data, processor, way); collate = (pairs if way.how == 'TRL' else beside)(data, processor, rows, way.own)
     with tempfile.TemporaryDirectory() as d:
         args, nothing = trainer_args(DPOConfig, d, 100, beta=.1, report_to='none'), as_dataset([dict(prompt='', chosen='', rejected='')])
         trainer = cls(model, args=args, train_dataset=nothing, processing_class=processor, data_collator=collate, peft_config=lora_config(dropout=0.))
     adapted(trainer.model).train(); trainer.packed = way.how != 'plain'
     cached = dict(reference=trainer.reference_log_probs(trainer.model, collate())) if way.how == 'cached' else {}
+    if cached:
+        trainer.state.global_step = 1                                        # the first step computes it anyway
+        assert trainer.reference_log_probs(trainer.model, cached) is cached['reference']
     def run():
         loss = trainer._compute_loss(trainer.model, {**collate(), **cached}, False); loss.backward()
         trainer.model.zero_grad(); return loss.item()
@@ -113,7 +110,7 @@ def score(way):
     model, processor, data = policy_and_data(); policy = adapted(get_peft_model(model, lora_config(dropout=0.))).eval()
     collate, one_by_one = beside(data, processor, batch(data, processor, way), False), way.how == 'one by one'
     def run():
-        x = collate(); x.pop('weight'); answers = x.pop('answers').split(1 if one_by_one else 1 + way.K, 1)
+        x = collate(); answers = x.pop('answers').split(1 if one_by_one else 1 + way.K, 1)
         with torch.no_grad(): return sum(answer_log_probs(policy, x, a, not one_by_one).total.sum().item() for a in answers)
     return run
 

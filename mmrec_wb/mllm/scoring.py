@@ -65,14 +65,14 @@ def score_yes_no(
 def score_candidates(
     model, processor, data,
     examples: pl.DataFrame, # of a task with candidates
-    batch_size: int=32,     # prompts of a forward, and at most so many candidates of each (rows, where the model's answers are computed one by one)
+    batch_size: int=32,     # rows of a forward, where answers are computed one by one; packed, a quarter as many prompts, with at most so many candidates each
     progress: bool=True
 ) -> pl.DataFrame: # scores (log-probabilities, in the candidates' order), rank (of the target, from 1), ranks (of each item of `positive`)
     "The likelihood of every candidate's title as the answer, or as its first line, for every example, in their order."
     collate, rows, n, several = Collator(data, processor, 'none'), [None]*examples.height, len(examples['candidates'][0]), len(examples['positive'][0]) > 1
     packed = why_plain(model, processor) is None
     with _asking(model) as device:
-        for some in _batches(examples, batch_size if packed else max(1, batch_size//n), progress):
+        for some in _batches(examples, max(1, batch_size//4 if packed else batch_size//n), progress):
             asked = examples[some].to_dicts()
             titles = [[collate.tail(shown_title(data, c), several) for c in e['candidates']] for e in asked]
             x = {k: v.to(device) for k, v in collate.beside(asked, titles).items()}

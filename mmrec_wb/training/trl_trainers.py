@@ -80,9 +80,10 @@ class PreferenceTrainer(DPOTrainer):
 
     def log_probs(self, model, inputs, sigma=0.):
         "Summed log-probabilities of the answers, [B, 1+K]: chosen, rejected; `sigma`: noise on the logits."
-        x, answers = {k: v for k, v in inputs.items() if k not in ('answers', *NUMBERS)}, inputs['answers']
-        noisy = lambda z, counts: noisy_logits(z, counts, sigma, copies=answers.shape[1])
-        return answer_log_probs(model, x, answers, self.packed, on_logits=noisy if sigma else None).total
+        own = {k: inputs.get(k) for k in ('answers', 'counts', 'pictures')}        # counts and pictures: of branches (`Collator.branches`)
+        noisy = lambda z, counts: noisy_logits(z, counts, sigma, copies=own['answers'].shape[1])
+        x = {k: v for k, v in inputs.items() if k not in (*own, *NUMBERS)}
+        return answer_log_probs(model, x, packed=self.packed, on_logits=noisy if sigma else None, **own).total
 
     def reference_log_probs(self, model, inputs):
         "[B, 1+K]: what the examples bring along, but for the first step; or else of the policy without its LoRA."
