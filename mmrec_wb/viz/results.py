@@ -16,14 +16,14 @@ SCORERS = dict(uniform='uniform ranking', model='trained model', sft='after SFT 
 
 def test_scores(
     metrics: pl.DataFrame # step, split, name, value; the split 'test' with names such as 'auc/model'
-) -> pl.DataFrame: # scorer, and one column per metric; best AUC first, the oracle last
+) -> pl.DataFrame: # scorer, and one column per metric; best AUC (or NDCG@10) first, the oracle last
     "The test split as a table."
     rows = need(metrics, ['split', 'name', 'value'], 'metrics').filter(pl.col('split') == 'test', pl.col('name').str.contains('/'))
     if rows.is_empty(): raise WorkbenchError("metrics: no test numbers (split 'test', names such as 'auc/model'); has the run been evaluated?")
     rows = rows.with_columns(pl.col('name').str.splitn('/', 2).struct.rename_fields(['metric', 'scorer'])).unnest('name')
     rows = rows.with_columns(pl.when(pl.col('value').is_finite()).then('value').alias('value'))
     have = rows['metric'].unique().to_list()
-    order = [m for m in ('auc', 'auc_hard', *sorted(set(have) - set(METRICS)), 'valid_ratio') if m in have]
+    order = [m for m in ('auc', 'auc_hard', *sorted(set(have) - set(METRICS), key=lambda m: (m != 'NDCG@10', m)), 'valid_ratio') if m in have]
     last = rows.group_by('scorer', 'metric').agg(pl.col('value').drop_nulls().last())
     wide = last.pivot(on='metric', index='scorer', values='value').select('scorer', *order)
     return wide.sort(pl.col('scorer') == 'oracle', order[0], 'scorer', descending=[False, True, False], nulls_last=True)
@@ -33,8 +33,9 @@ def _cells(
     values: list, # of one metric, one a scorer
     rival: list   # whether the scorer competes
 ) -> list[str]: # as they are written; the best of several in bold
-    "Numbers with three digits; nothing recorded is a dash."
-    shown = [None if v is None else f'{v:.3f}' for v in values]
+    "Numbers with three digits, or four where all are small (ranking a whole catalogue); nothing recorded is a dash."
+    digits = 4 if max((v for v in values if v is not None), default=1) < .3 else 3
+    shown = [None if v is None else f'{v:.{digits}f}' for v in values]
     rivals = [s for s, r in zip(shown, rival) if r and s is not None]
     best = max(rivals, key=float) if len(rivals) > 1 and any(map(float, rivals)) else None          # nobody is best at nothing
     return ['–' if s is None else f'<b>{s}</b>' if r and s == best else s for s, r in zip(shown, rival)]
