@@ -92,7 +92,7 @@ class PreferenceTrainer(DPOTrainer):
         with torch.no_grad(), checkpointing, self.accelerator.unwrap_model(self.model).disable_adapter(): return self.log_probs(model, inputs)
 
     def policy_log_probs(self, model, inputs, seed=None):
-        "[B, 1+K], with the noise of training; `seed` fixes the draws of noise and dropout."
+        "[B, 1+K], with the noise of training; `seed` fixes the draws of noise."
         devices = [self.args.device] if self.args.device.type == 'cuda' else []
         with torch.random.fork_rng(devices) if seed is not None else contextlib.nullcontext():
             if seed is not None: torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def _compute_loss(self: PreferenceTrainer, model, inputs, return_outputs):
 @patch
 @torch.no_grad()
 def _remember(self: PreferenceTrainer, model, inputs, delta, beta, reference, over):
-    "The numbers of this global micro-batch; TRL averages them until the next log. Every tenth step also those of the policy without noise and dropout."
+    "The numbers of this global micro-batch; TRL averages them until the next log. Every tenth step also those of the policy without noise."
     m, gather = self._metrics['train' if model.training else 'eval'], self.accelerator.gather
     clean = self.noise and model.training and self.state.global_step and self.state.global_step % 10 == 0 # at the start it is the reference
     delta, all_beta = gather(delta), gather(torch.as_tensor(beta).to(delta).expand(delta.shape).contiguous())
