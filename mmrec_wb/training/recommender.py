@@ -85,11 +85,11 @@ def train_recommender(
 ) -> Run: # with the test metrics at the best valid epoch
     "Train and evaluate a score-based recommender. A finished run of the same settings is reloaded, an unfinished one goes on."
     loop, place, own = _sorted_out(model, settings); Model = get_model(model); check_tracker(place['report_to'])
+    net, device = build(Model, data, own, place['seed']), pick_device(place['device'])       # what cannot be built leaves no run behind
     params = dict(model=model, **loop, **own) | (dict(vectors=vectors_digest(data.features)) if getattr(Model, 'uses_features', False) else {})
     facts = dict(notebook=place['notebook'], max_users=place['max_users'], planted_seed=place['planted_seed'] if data.source == 'planted' else None,
         protocol=PROTOCOL, modalities=sorted(data.features), encoders=[place['text_encoder'], place['image_encoder']], processes=processes()[1],
-        loader='mmrec_wb.training.recommender:load_model')
-    net, device = build(Model, data, own, place['seed']), pick_device(place['device'])       # what cannot be built leaves no run behind
+        loader='mmrec_wb.training.recommender:load_model', notes=getattr(net, 'notes', []))
     where = (model.replace(':', '.'), data.name, place['seed'], params, data.fingerprint, data.source, place['out_dir'], place['resume'])
     with _opened(*where, **facts) as run:
         if run.finished: return run
@@ -120,10 +120,18 @@ def _finish(run, data, net):
     if not (run.path/'model.safetensors').exists(): atomic_write(run.path/'model.safetensors', lambda to: save_weights(net, str(to)))
     frames = net.eval().explanations(data) if hasattr(net, 'explanations') else {}
     for name, frame in frames.items(): run.save(f'explain/{name}', frame)
-    shown = [*run.frame('ranks')['target'][:20], *(i for f in frames.values() if 'item' in f.columns for i in f['item'].unique()[:200])]
-    run.save('items', thumbnails(data, sorted({int(i) for i in shown if i})))
+    run.save('items', thumbnails(data, _shown(run.frame('ranks'), frames)))
     run.finish()
     for old in run.path.glob('checkpoint*'): shutil.rmtree(old)
+
+def _shown(ranks, frames):
+    "Items that figures may show: the first test targets, what the first twenty users of a frame had, and neighbours."
+    ids = ranks['target'][:20].to_list()
+    for f in frames.values():
+        if 'user' in f.columns: f = f.filter(pl.col('user').is_in(f['user'].unique(maintain_order=True).head(20).implode()))
+        elif 'neighbour' not in f.columns: continue
+        for c in ('item', 'neighbour'): ids += f[c].drop_nulls().to_list() if c in f.columns else []
+    return sorted({int(i) for i in ids if i})
 
 def vectors_digest(features: dict) -> str: # eight digits
     "What the models that read features saw: it changes the result, whatever the encoder was called."
