@@ -34,7 +34,7 @@ def _cells(
     rival: list   # whether the scorer competes
 ) -> list[str]: # as they are written; the best of several in bold
     "Numbers with three digits, or four where all are small (ranking a whole catalogue); nothing recorded is a dash."
-    digits = 4 if max((v for v in values if v is not None), default=1) < .3 else 3
+    digits = 4 if 0 < max((v for v in values if v is not None), default=1) < .3 else 3
     shown = [None if v is None else f'{v:.{digits}f}' for v in values]
     rivals = [s for s, r in zip(shown, rival) if r and s is not None]
     best = max(rivals, key=float) if len(rivals) > 1 and any(map(float, rivals)) else None          # nobody is best at nothing
@@ -51,7 +51,8 @@ def _draw_dots(fig, scores, lead, names):
         marker=dict(size=13, color=[colour.get(s, '#8A8A8A') for _, s, *_ in rows], symbol=['diamond' if s == 'oracle' else 'circle' for _, s, *_ in rows],
                     line=dict(width=1.5, color=[INK if s == 'oracle' else 'white' for _, s, *_ in rows])))
     ceiling = [v for _, s, v, _ in rows if s == 'oracle']
-    low, high = min([chance] + [v for *_, v, _ in rows]), max([.5] + [v for *_, v, _ in rows]); room = max((high - low)*.1, .02)
+    least = 1e-3 if max(v for *_, v, _ in rows) < .3 and lead != 'auc' else .5                                # of a whole catalogue all are small
+    low, high = min([chance] + [v for *_, v, _ in rows]), max([least] + [v for *_, v, _ in rows]); room = (high - low)*.1
     for at, text in [(chance, said)] + [(v, 'ceiling') for v in ceiling]:
         lift = 14 if text == 'ceiling' and abs(at - chance) < .3*(high - low + 2*room) else 0                # the two names would overlap
         fig.add_shape(type='line', xref='x2', yref='y domain', x0=at, x1=at, y0=0, y1=1, line=dict(color=INK, width=1, dash='dash'), layer='below')
@@ -75,7 +76,7 @@ def result_table(
         xaxis=dict(domain=[0, right], range=[0, right], visible=False, fixedrange=True),
         yaxis=dict(range=[len(scores) - .5, -.5], visible=False, fixedrange=True),
         xaxis2=dict(domain=[right + .06 if dots else 0, 1], anchor='y', title_text=METRICS.get(lead, lead), nticks=6, showgrid=False,
-                    tickformat='.2~f', visible=dots))
+                    tickformat='.3~f', visible=dots))
     for i in range(len(scores) + 1):
         line = dict(color=INK if i == 0 else PALE, width=1)
         fig.add_shape(type='line', xref='paper', yref='y', x0=0, x1=right, y0=i - .5, y1=i - .5, line=line, layer='below')
