@@ -1,0 +1,50 @@
+"Tuning, study and truth of the score-based recommenders: their tables under results/ hold together, and the ceiling is one."
+import sys
+import numpy as np, polars as pl, pytest
+from mmrec_wb.core.paths import project_root
+
+ROOT = project_root(); RESULTS = ROOT/'results'
+sys.path.insert(0, str(ROOT/'benchmarks'))
+import study_recommenders as study, tune_recommenders as tuning
+SUMMARIES, TUNED = sorted(RESULTS.glob('recommenders_*_summary.csv')), sorted(RESULTS.glob('tune_recommenders_*.csv'))
+
+@pytest.mark.parametrize('path', TUNED, ids=lambda p: p.stem)
+def test_every_model_had_the_same_budget(path):
+    "Six trials each, those that the script names, on valid."
+    table = pl.read_csv(path); keys = ('model', 'lr', 'dropout', 'tau')
+    assert table['model'].value_counts().sort('model').rows() == [('duaf_mat', 6), ('sasrec', 6)] and not [c for c in table.columns if 'test' in c.lower()]
+    assert {tuple(r[k] for k in keys) for r in table.to_dicts()} == {tuple(t.get(k) for k in keys) for t in tuning.TRIALS}
+
+@pytest.mark.parametrize('path', SUMMARIES, ids=lambda p: p.stem)
+def test_summary_follows_from_the_runs(path):
+    runs, summary = pl.read_csv(str(path).replace('_summary', '_runs')), pl.read_csv(path)
+    for row in summary.filter(pl.col('seeds') > 0).to_dicts():
+        own = runs.filter(arm=row['arm']); assert own['seed'].n_unique() == own.height == row['seeds']
+        for c in study.COLUMNS: assert abs(own[c].mean() - row[c]) < 2e-6
+    best = {r['arm']: r for r in summary.to_dicts()}
+    if 'oracle' in best: assert all(v['NDCG@10 masked'] <= best['oracle']['NDCG@10 masked'] for v in best.values() if v['NDCG@10'])
+    assert all(r['note'] for a, r in best.items() if a in study.ARMS and not r['seeds']), 'an arm that was not run says why'
+
+@pytest.mark.parametrize('path', [p for p in SUMMARIES if (RESULTS/p.name.replace('_summary', '_tests')).exists()], ids=lambda p: p.stem)
+def test_differences_are_those_of_the_arms(path):
+    tests, m = pl.read_csv(str(path).replace('_summary', '_tests')), {r['arm']: r for r in pl.read_csv(path).to_dicts()}
+    for r in tests.to_dicts():
+        c = 'NDCG@10' + ' masked'*r['history masked']; difference = m[r['arm']][c] - m[r['baseline']][c]
+        assert abs(r['difference'] - difference) < 3e-6 and r['low'] <= r['difference'] <= r['high'] and r['p'] <= r['p_holm']
+
+def test_arms_that_cannot_differ_are_left_out():
+    assert [a for a in study.ARMS if study.left_out(a, 'none')] == ['-MAT-MoE', '-CSCL'] and [a for a in study.ARMS if study.left_out(a, 'all')] == ['-MAT-MoE']
+    assert not any(study.left_out(a, 'some') for a in study.ARMS)
+
+def test_the_oracle_knows_more_of_attention_than_nothing():
+    "Its filter is calibrated: where it says .7, people read the words seven times of ten."
+    from mmrec_wb.data import load_dataset
+    from mmrec_wb.data.planted import Oracle
+    from truth_duaf_mat import attention_known
+    data = load_dataset('toys', source='planted', planted_users=120, planted_items=150, pictures=False)
+    oracle = Oracle(data.truth['items'], data.catalogue['raw_id'][1:].to_list()); events = data.truth['events']
+    planted = {(r, a, t): s for r, a, t, s in events.select('reviewerID', 'asin', 'timestamp', 'text_attention').iter_rows()}
+    rows = [(k, planted[data.users[u], data.catalogue['raw_id'][int(i)], int(t)]) for u in range(data.n_users)
+            for k, i, t in zip(attention_known(oracle, *data.sequence(u)), *data.sequence(u))]
+    known, true = np.array(rows).T
+    assert np.corrcoef(known, true)[0, 1] > .3 and abs(known.mean() - true.mean()) < .06
