@@ -71,6 +71,7 @@ NONSENSE = {
     'unknown loss': (dict(loss='dpoo'), 'did you mean dpo'),
     'no such function': (dict(loss='math:nothing'), 'nothing'),
     'unknown task': (dict(task='top5'), 'did you mean top3'),
+    'too many wrong answers': (dict(negatives=2), 'has one wrong answer'),
     'unknown noise': (dict(noise_on='weights'), 'known: logits, lora'),
 }
 

@@ -22,7 +22,7 @@ from ..mllm.backbones import backbone_vectors, load_backbone, lora_config
 from ..mllm.prompts import Collator
 from ..mllm.reference import reference_log_probs
 from ..mllm.scoring import generate_answers, score_candidates, score_yes_no
-from ..mllm.tasks import TASKS, examples
+from ..mllm.tasks import TASKS, check_negatives, examples
 from ..preference.hardness import delta, item_vectors, weight
 from .metrics import auc, auc_hard, hit, ndcg, places, ranks, recall, uniform, valid_ratio
 
@@ -44,6 +44,7 @@ def settled(settings: dict) -> dict: # every setting
     "Settings with the defaults; what has no part in the task or loss is None, so that it cannot tell two equal runs apart."
     s = DEFAULTS | settings; s['device'] = pick_device(s['device'])
     if s['task'] not in TASKS: raise unknown('task', s['task'], TASKS)
+    check_negatives(s['task'], s['negatives'], s['candidates'])
     if s['pair_seed'] == -1: s['pair_seed'] = s['seed']
     if s['task'] == 'top3': s |= dict(history=3, examples_per_user=None)
     if s['task'] != 'pick_one': s['candidates'] = None
