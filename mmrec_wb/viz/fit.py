@@ -24,7 +24,7 @@ def fit_curves(
     fig = figure('Training', title, height=250 + 96 + 52, hovermode='x unified', margin=dict(t=96, r=32), showlegend=False)
     for n, (name, head, colour, left, right) in enumerate((('loss', 'Training loss', BLUE, 0, .45), (valid, 'NDCG@10 of the valid targets', GREEN, .55, 1)), 1):
         n = '' if n == 1 else str(n)
-        fig.update_layout({f'xaxis{n}': dict(domain=[left, right], anchor=f'y{n}', title_text='epoch', showgrid=False, tickformat='d'),
+        fig.update_layout({f'xaxis{n}': dict(domain=[left, right], anchor=f'y{n}', title_text='epoch', showgrid=False, dtick=1 if len(rows) < 8 else None),
                            f'yaxis{n}': dict(anchor=f'x{n}', nticks=6)})
         heading(fig, head, left, 1, colour)
         fig.add_scatter(x=rows['step'].to_list(), y=rows[name].to_list(), name=head, mode='lines+markers', line=dict(color=colour, width=2.5),
