@@ -67,6 +67,16 @@ def test_the_loss_is_the_sum_of_its_parts(data):
     m, batch = model(data, lambda_1=.7, lambda_2=.3, dropout=0.), train_batches(data, 20, 128, 0, 0)[0]
     parts = m(batch); torch.testing.assert_close(parts['loss'].detach(), parts['main'] + .7*parts['cscl'] + .3*parts['vscl'])
 
+def test_pictures_made_in_parts_are_those_made_at_once(data, monkeypatch):
+    "Values and gradients; large catalogues are made a few thousand items at a time."
+    found = []
+    for rows_ in (8192, 7):
+        monkeypatch.setattr(duaf_mat, 'ROWS', rows_); m = model(data, lambda_1=0., lambda_2=0., dropout=0., visual_missing_rate=.3)
+        batch = train_batches(data, 20, 128, 0, 0)[0]
+        torch.manual_seed(1); parts = m(batch); parts['loss'].backward(); found.append([parts['loss'].detach()] + [p.grad for p in m.parameters()])
+    assert sum(g is not None for g in found[0]) > 20 and any(p.grad is not None and p.grad.abs().sum() > 0 for p in m.G.parameters())
+    for a, b in zip(*found): assert (a is None) == (b is None); a is None or torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
 def test_without_its_parts_it_is_mean_fusion_before_sasrecs_encoder(data):
     m, batch = model(data, ablation='duaf', visual_fill='none', lambda_1=0., lambda_2=0., dropout=0.), train_batches(data, 20, 128, 0, 0)[0]
     x, there = [f(None) for f in (lambda _: m.item.weight, m.frozen['text'], m.frozen['image'])], m.table().there

@@ -112,6 +112,7 @@ def _top3(data, split, seed, history, per_user, candidates, negatives, left_out)
 # %% ../../nbs/mllm/tasks.ipynb #c833f4cb
 def check_negatives(task: str, negatives: int, candidates: int=10):
     "Raise, in one line, unless an example of the task has so many wrong answers."
+    if task not in TASKS: raise unknown('task', task, TASKS)
     most = dict(yes_no=1, top3=24).get(task) or candidates - 1
     if not 1 <= negatives <= most:
         raise WorkbenchError(f'negatives={negatives}: an example of {task} has {f"1 to {most} wrong answers" if most > 1 else "one wrong answer"}; give that')
@@ -129,7 +130,6 @@ def examples(
 ) -> pl.DataFrame: # user, history and times (oldest first), when, target, chosen, rejected, positive, negative; label (yes_no) or candidates (lists)
     """The examples of one task and split. `target` is the item in question (yes_no), the true one (pick_one), the most recent true one (top3);
     `when` is the time of the first item asked for."""
-    if task not in TASKS: raise unknown('task', task, TASKS)
     if split not in ('train', 'valid', 'test'): raise unknown('split', split, ('train', 'valid', 'test'))
     if candidates < 2: raise WorkbenchError(f'candidates={candidates}: there must be at least 2 to choose from')
     check_negatives(task, negatives, candidates)

@@ -71,10 +71,11 @@ def neighbour_table(
 ) -> Neighbours:
     "The k most similar items of every item, by centred cosine."
     vectors, present = _directions(values, present, r), torch.as_tensor(np.asarray(present))
-    k = min(k, max(int(present.sum()) - 1, 1)); ids = torch.zeros(len(present), k, dtype=torch.long)
-    for c in present.nonzero()[:, 0].split(1024):
-        sim = (vectors[c] @ vectors.T).masked_fill(~present, -2.); sim[torch.arange(len(c)), c] = -2.  # neither absent items nor itself
-        best = sim.topk(k, 1); ids[c] = best.indices.where(best.values > -2, 0)
+    own = present.nonzero()[:, 0]; rivals = vectors[own].T                                     # absent items are no neighbours
+    k = min(k, max(len(own) - 1, 1)); ids = torch.zeros(len(present), k, dtype=torch.long); rows = max(32, 2**24//max(len(own), 1))
+    for a in range(0, len(own), rows): # 64 MB of similarities at a time
+        sim = vectors[own[a:a + rows]] @ rivals; sim.diagonal(a).fill_(-2.)                    # nor is an item its own
+        best = sim.topk(k, 1); ids[own[a:a + rows]] = own[best.indices].where(best.values > -2, 0)
     return Neighbours(ids, vectors)
 
 # %% ../../nbs/models/contrastive.ipynb #7ee6c996

@@ -43,7 +43,6 @@ PROTOCOLS = dict(yes_no='yes/no, leave-one-out, one uniform negative',
 def settled(settings: dict) -> dict: # every setting
     "Settings with the defaults; what has no part in the task or loss is None, so that it cannot tell two equal runs apart."
     s = DEFAULTS | settings; s['device'] = pick_device(s['device'])
-    if s['task'] not in TASKS: raise unknown('task', s['task'], TASKS)
     check_negatives(s['task'], s['negatives'], s['candidates'])
     if s['pair_seed'] == -1: s['pair_seed'] = s['seed']
     if s['task'] == 'top3': s |= dict(history=3, examples_per_user=None)
