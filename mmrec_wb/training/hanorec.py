@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SFT_SETTINGS', 'HANOREC_SETTINGS', 'PREFERENCE_SETTINGS', 'DEFAULTS', 'PROTOCOLS', 'CURVES', 'settled', 'questions',
            'pick_device', 'check_tracker', 'thumbnails', 'scores_to_beat', 'evaluate_yes_no', 'evaluate_lists',
-           'write_evaluation', 'last_checkpoint', 'fit', 'load_model', 'train_sft', 'pair_hardness', 'train_preference']
+           'write_evaluation', 'last_checkpoint', 'fit', 'opened', 'load_model', 'train_sft', 'pair_hardness',
+           'vectors_digest', 'train_preference']
 
 # %% ../../nbs/training/hanorec.ipynb #e7d1f626
 import contextlib, hashlib, io, json, shutil
@@ -185,16 +186,20 @@ def _arguments(run, s, n, epochs, lr, **more):
 
 # %% ../../nbs/training/hanorec.ipynb #86ac2b17
 @contextlib.contextmanager
-def _open(method, data, s, params):
-    "The run of these parameters."
+def opened(*where, **facts):
+    "`open_run` for several processes: the first one opens it, and the others follow."
     rank, world = processes()
-    facts = dict(notebook=s['notebook'], max_users=s['max_users'], planted_seed=s['planted_seed'] if data.source == 'planted' else None,
-        protocol=PROTOCOLS[s['task']], modalities=sorted(data.features), encoders=[s['text_encoder'], s['image_encoder']], processes=world,
-        loader='mmrec_wb.training.hanorec:load_model')
     if rank: together()
-    with open_run(method, data.name, s['seed'], params, data.fingerprint, data.source, s['out_dir'], s['resume'], writer=rank == 0, **facts) as run:
+    with open_run(*where, writer=rank == 0, processes=world, **facts) as run:
         if rank == 0: together()
         yield run
+
+def _open(method, data, s, params):
+    "The run of these parameters."
+    facts = dict(notebook=s['notebook'], max_users=s['max_users'], planted_seed=s['planted_seed'] if data.source == 'planted' else None,
+        protocol=PROTOCOLS[s['task']], modalities=sorted(data.features), encoders=[s['text_encoder'], s['image_encoder']],
+        loader='mmrec_wb.training.hanorec:load_model')
+    return opened(method, data.name, s['seed'], params, data.fingerprint, data.source, s['out_dir'], s['resume'], **facts)
 
 def _finish(run, data, model, processor, s, whole, sft=None):
     "Save the model and what the pictures need, evaluate, close the run."
@@ -256,8 +261,8 @@ def pair_hardness(
     columns = dict(pair=np.arange(n*K), user=np.repeat(train['user'].to_numpy(), K), chosen_item=chosen[:, 0], rejected_item=rejected[:, 0])
     return pl.DataFrame(columns | dict(delta=d, weight=weight(d)), schema_overrides=dict(chosen_item=pl.Int32, rejected_item=pl.Int32))
 
-def _digest(features):
-    "Eight digits for the vectors that hardness is measured with: they change the result, whatever they were called."
+def vectors_digest(features: dict) -> str: # eight digits
+    "Of the vectors that a run read: they change the result, whatever the encoder was called."
     h = hashlib.sha256()
     for m, f in sorted(features.items()): h.update(m.encode()); h.update(np.ascontiguousarray(f.values).data); h.update(f.present.tobytes())
     return h.hexdigest()[:8]
@@ -278,7 +283,7 @@ def train_preference(
     "Stage 2: a new LoRA on the frozen result of SFT, trained with a preference loss. A finished run of the same settings is reloaded."
     s = settled(settings); train, test = questions(data, 'train', s, negatives=s['negatives']), questions(data, 'test', s)
     params = dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS},
-                  vectors=_digest(data.features) if s['hardness_from'] == 'encoders' else None)
+                  vectors=vectors_digest(data.features) if s['hardness_from'] == 'encoders' else None)
     with _open(s['loss'].replace(':', '.'), data, s, params) as run:
         if run.finished: return run
         from trl import DPOConfig

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['FIT', 'PLACE', 'PROTOCOL', 'own_settings', 'known_settings', 'oracle_ranks', 'write_ranks', 'train_recommender',
-           'build', 'vectors_digest', 'load_model']
+           'build', 'load_model']
 
 # %% ../../nbs/training/recommender.ipynb #b5e561c6
-import hashlib, inspect, shutil
-from contextlib import contextmanager
+import inspect, shutil
 import numpy as np, polars as pl, torch
 from safetensors.torch import load_model as load_weights, save_model as save_weights
 from ..core.errors import WorkbenchError, unknown
 from ..core.paths import atomic_write, cache_dir
 from ..core.processes import processes, together
-from ..core.record import Run, open_run
+from ..core.record import Run
 from ..core.seeds import rng, set_seed
 from ..data import load_dataset
 from ..data.encoders import ENCODERS
@@ -22,7 +21,7 @@ from ..data.features import add_features
 from ..models import get_model
 from ..models.pop import Pop
 from .fit import check_tracker, fit
-from .hanorec import pick_device, thumbnails
+from .hanorec import opened, pick_device, thumbnails, vectors_digest
 from .ranking import metrics_of, rank_all
 
 # %% ../../nbs/training/recommender.ipynb #495958e3
@@ -88,10 +87,10 @@ def train_recommender(
     net, device = build(Model, data, own, place['seed']), pick_device(place['device'])       # what cannot be built leaves no run behind
     params = dict(model=model, **loop, **own) | (dict(vectors=vectors_digest(data.features)) if getattr(Model, 'uses_features', False) else {})
     facts = dict(notebook=place['notebook'], max_users=place['max_users'], planted_seed=place['planted_seed'] if data.source == 'planted' else None,
-        protocol=PROTOCOL, modalities=sorted(data.features), encoders=[place['text_encoder'], place['image_encoder']], processes=processes()[1],
+        protocol=PROTOCOL, modalities=sorted(data.features), encoders=[place['text_encoder'], place['image_encoder']],
         loader='mmrec_wb.training.recommender:load_model', notes=getattr(net, 'notes', []))
     where = (model.replace(':', '.'), data.name, place['seed'], params, data.fingerprint, data.source, place['out_dir'], place['resume'])
-    with _opened(*where, **facts) as run:
+    with opened(*where, **facts) as run:
         if run.finished: return run
         net.to(device)
         if loop:
@@ -107,14 +106,6 @@ def build(Model, data, own: dict, seed: int):
     set_seed(int(rng(seed, 'weights').integers(2**31))); return Model(data, **own)
 
 # %% ../../nbs/training/recommender.ipynb #00bc008a
-@contextmanager
-def _opened(*where, **facts):
-    "The run; of several processes the first one opens it, and the others follow."
-    if processes()[0]: together()
-    with open_run(*where, writer=processes()[0] == 0, **facts) as run:
-        if processes()[0] == 0: together()
-        yield run
-
 def _finish(run, data, net):
     "Weights, and what pictures need; then the run is closed."
     if not (run.path/'model.safetensors').exists(): atomic_write(run.path/'model.safetensors', lambda to: save_weights(net, str(to)))
@@ -132,12 +123,6 @@ def _shown(ranks, frames):
         elif 'neighbour' not in f.columns: continue
         for c in ('item', 'neighbour'): ids += f[c].drop_nulls().to_list() if c in f.columns else []
     return sorted({int(i) for i in ids if i})
-
-def vectors_digest(features: dict) -> str: # eight digits
-    "What the models that read features saw: it changes the result, whatever the encoder was called."
-    h = hashlib.sha256()
-    for m, f in sorted(features.items()): h.update(m.encode()); h.update(np.ascontiguousarray(f.values).data); h.update(f.present.tobytes())
-    return h.hexdigest()[:8]
 
 # %% ../../nbs/training/recommender.ipynb #e42a60aa
 def load_model(
