@@ -20,6 +20,7 @@ class Batch:
     items: torch.Tensor   # [B, L], oldest first
     times: torch.Tensor   # [B, L], Unix s
     targets: torch.Tensor # [B, L]: the item after `items[b, i]`; 0 where none counts
+    start: torch.Tensor|None = None # [B], where `items[b, 0]` stands in the data set's `items`
 
     def __len__(self): return len(self.user)
     @property
@@ -28,7 +29,7 @@ class Batch:
     def lengths(self) -> torch.Tensor: return self.mask.sum(1)       # [B]
     @property
     def last(self) -> torch.Tensor: return self.lengths - 1          # [B], the last real position
-    def map(self, f): return Batch(*(f(getattr(self, field.name)) for field in fields(self)))
+    def map(self, f): return Batch(*(x if x is None else f(x) for x in (getattr(self, field.name) for field in fields(self))))
     def to(self, device): return self.map(lambda x: x.to(device))    # the same batch on a device
 
 # %% ../../nbs/data/batches.ipynb #8b9782c6
@@ -68,7 +69,7 @@ class Batches:
         real = place < w.length[:, None]; at = np.where(real, at, w.start[:, None])   # padding reads the window's own first item, then becomes 0
         take = lambda values, where, keep: torch.from_numpy(np.where(keep, values[where], 0).astype(np.int64))
         return Batch(torch.from_numpy(w.user.astype(np.int64)), take(self.data.items, at, real), take(self.data.times, at, real),
-                     take(self.data.items, at + 1, real & (place >= w.first[:, None])))
+                     take(self.data.items, at + 1, real & (place >= w.first[:, None])), torch.from_numpy(w.start.astype(np.int64)))
 
 # %% ../../nbs/data/batches.ipynb #e5446078
 POOL = 16 # batches

@@ -13,6 +13,7 @@ from torch import nn
 class Recommender(nn.Module):
     "Scores of items for the state of a user. `max_len`, the most items that it reads, is set by each model."
     trained, uses_features = True, False # False, False: nothing to fit; `data.features` is not read
+    later: tuple = () # settings that came after runs had been recorded: at their default they stay out of a run's parameters, so that its hash does not change
 
     def states(self, batch) -> torch.Tensor: # [B, L, d]
         "One state per position; position i knows items 0 to i and no later one."
@@ -36,10 +37,22 @@ class Recommender(nn.Module):
         z = state @ v[items].T if items.ndim == 1 else (v[items] @ state[..., None])[..., 0]
         return z.masked_fill(items == 0, -torch.inf)
 
-    def loss(self, batch) -> dict: # 'loss' and its named parts, scalars
+    def loss_from(self, batch, states,
+        look=None # where all items are scored: called as in `catalogue_ce`
+    ) -> dict: # 'loss' and its named parts, scalars
+        "The loss, where `states(batch)` is known already."
         raise NotImplementedError
 
+    def loss(self, batch) -> dict: return self.loss_from(batch, self.states(batch))
+
+    @property
+    def shares_states(self) -> bool: # False: the model gives only `loss`, and makes the states anew there
+        return type(self).loss_from is not Recommender.loss_from
+
     def explain(self, batch) -> dict: # e.g. fusion weights [B, L, M]; may be empty
+        return {}
+
+    def explanations(self, data) -> dict: # name -> frame, kept in the run record under explain/; may be empty
         return {}
 
     def forward(self, batch, player=None): # how the fit loop calls it, so that it may be wrapped for many devices
@@ -51,7 +64,7 @@ CHUNK = dict(cpu=2**20) # logits at a time: 4 MB stay in the cache; elsewhere 2*
 class _CatalogueCE(torch.autograd.Function):
     "Mean cross-entropy; gradients are made on the way."
     @staticmethod
-    def forward(ctx, h, v, target):
+    def forward(ctx, h, v, target, look):
         n, size = len(h), len(v)
         rows = min(n, max(32, CHUNK.get(h.device.type, 2**26)//size))
         own, loss = v[target], h.new_zeros(())
@@ -59,6 +72,7 @@ class _CatalogueCE(torch.autograd.Function):
         for a in range(0, n, rows):
             part = h[a:a + rows]
             z = torch.mm(part, v.T, out=buffer[:len(part)]); z[:, 0] = -torch.inf       # the padding is no item
+            if look: look(a, z)
             top = z.amax(1, keepdim=True); e = z.sub_(top).exp_(); total = e.sum(1, keepdim=True)
             loss += (total.log() + top).sum()
             torch.mm(e, v, out=grad_h[a:a + rows]).div_(total)                          # sum_j p_j v_j
@@ -69,15 +83,16 @@ class _CatalogueCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         grad_h, grad_v = ctx.saved_tensors
-        return grad_h*g, grad_v*g, None
+        return grad_h*g, grad_v*g, None, None
 
 def catalogue_ce(
     h: torch.Tensor,     # [n, d] states
     v: torch.Tensor,     # [n_items+1, d] item vectors
-    target: torch.Tensor # [n] ids
+    target: torch.Tensor,# [n] ids
+    look=None            # called with the number of a row and the scores [., n_items+1] from this row on, chunk by chunk; it leaves them as they are
 ) -> torch.Tensor: # scalar, the mean
     "Softmax cross-entropy over all items but the padding; memory for a chunk of logits only. First derivatives only."
-    with torch.autocast(h.device.type, enabled=False): return _CatalogueCE.apply(h.float().contiguous(), v.float().contiguous(), target)
+    with torch.autocast(h.device.type, enabled=False): return _CatalogueCE.apply(h.float().contiguous(), v.float().contiguous(), target, look)
 
 # %% ../../nbs/models/base.ipynb #b1f0fd58
 def sample_negatives(

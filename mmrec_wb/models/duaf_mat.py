@@ -20,6 +20,7 @@ from .base import CHUNK, Recommender, catalogue_ce, sample_negatives, sampled_bc
 from .contrastive import cscl, neighbour_table, virtual_sequences, vscl
 from .fusion import FUSIONS, MeanFusion, masked_softmax, time_gaps
 from .generation import GAMES, Discriminator, MoEGenerator, accepted_mean, critic_loss, generator_loss
+from .moe import expert_load, forget, with_balance
 from .sasrec import Block, SequenceEncoder, start_small
 
 # %% ../../nbs/models/duaf_mat.ipynb #bb6c2d1c
@@ -81,6 +82,7 @@ def category_ids(data, least: int=5) -> tuple: # int64 [n_items+1], how many
 class DuAFMAT(Recommender):
     "DuAF-MAT, assembled."
     player_options, uses_features = dict(betas=(.5, .9)), True                      # of the players' Adam; the run's hash covers the features
+    later = 'ffn_experts', 'balance'
     def __init__(self,
         data, # with features: text, image or both
         d: int=64, layers: int=2, heads: int=2, inner: int=256, dropout: float=.5, max_len: int=50, # of the encoder, as SASRec
@@ -104,6 +106,7 @@ class DuAFMAT(Recommender):
         visual_fill: str='generated',  # or none, zero, random, mean
         structural: bool=False, # the category's vector as a fourth modality
         ablation: str='none',   # or duaf, mat_moe, cscl, vscl
+        ffn_experts: int=0, balance: float=1e-2, # a sparse encoder (models.moe): nets in each block, weight of the balance loss
         seed: int=0             # which pictures are withheld; noise outside of training
     ):
         s = _settled({k: v for k, v in locals().items() if k not in ('self', 'data', '__class__')})
@@ -118,7 +121,7 @@ class DuAFMAT(Recommender):
         self.category, n = category_ids(data)
         if s['structural']: self.E_s = nn.Embedding(n, d); start_small(self.E_s)
         self.position = nn.Embedding(s['max_len'], d); start_small(self.position)
-        self.encoder = SequenceEncoder(d, *(s[k] for k in ('layers', 'heads', 'inner', 'dropout', 'max_len')), positions=False)
+        self.encoder = SequenceEncoder(d, *(s[k] for k in ('layers', 'heads', 'inner', 'dropout', 'max_len')), positions=False, experts=s['ffn_experts'])
         self.mean, self.fuse, self.first = MeanFusion(d), get_fusion(s['fusion'])(d), int(data.times.min())
         if s['s0'] == 'user': self.user = nn.Embedding(data.n_users, d); start_small(self.user)
         self._start_generation(n); self._start_contrast(data)
@@ -233,16 +236,17 @@ def _kept_table(self: DuAFMAT) -> Table:
 @patch
 def _encode(self: DuAFMAT, batch, table: Table): # -> states [B, L, d], omega [B, L, M], e [B, L, M, d]
     "States and weights."
+    forget(self); encode = lambda h: self.encoder(h, batch.mask)
     row = table.row(batch.items); x, there = table.x[row], table.there[row]
     e = x + self.position.weight[:row.shape[1], None]                                        # (2)
-    if self.s['fusion'] in ('mean', 'static'): h, omega = self.fuse(None, e, there, None, None); return self.encoder(h), omega, e
+    if self.s['fusion'] in ('mean', 'static'): h, omega = self.fuse(None, e, there, None, None); return encode(h), omega, e
     gaps, days = time_gaps(batch.times, batch.mask), (batch.times - self.first).clamp_min(0).float()/86400
     if self.s['s0'] == 'user': s = self.user(batch.user).unsqueeze(1).expand(-1, e.shape[1], -1)
-    else: s = self.encoder(e[:, :, 0] if self.s['s0'] == 'id' else self.mean(None, e, there, None, None)[0])
+    else: s = encode(e[:, :, 0] if self.s['s0'] == 'id' else self.mean(None, e, there, None, None)[0])
     for _ in range(self.s['refine_steps']):
         if self.s['s_at'] == 'before': s = F.pad(s[:, :-1], (0, 0, 1, 0))                    # nobody yet at the first item: all alike
         h, omega = self.fuse(s.detach() if self.s['detach_s0'] else s, e, there, gaps, days) # (7), (8): item i with the state at i
-        s = self.encoder(h)                                                                  # (17)
+        s = encode(h)                                                                        # (17)
     return s, omega, e
 
 @patch
@@ -258,7 +262,7 @@ def states(self: DuAFMAT, batch): return self._encode(batch, self._needed(batch)
 def explanations(self: DuAFMAT, data) -> dict: # name -> frame
     "What the pictures are drawn from: see models.explain."
     from mmrec_wb.models.explain import fusion_weights, generated_vectors, generated_neighbours
-    frames = dict(fusion=fusion_weights(self, data), generated=generated_vectors(self, data), neighbours=generated_neighbours(self, data))
+    frames = dict(fusion=fusion_weights(self, data), generated=generated_vectors(self, data), neighbours=generated_neighbours(self, data), experts=expert_load(self, data))
     return {name: frame for name, frame in frames.items() if frame.height}
 
 @patch
@@ -305,14 +309,14 @@ def at(self: Block, x, last): # x [B, L, d], last [B] -> [B, d]
     k, v = F.linear(x, W[d:], b[d:]).view(B, L, 2, self.heads, d//self.heads).permute(2, 0, 3, 1, 4)
     seen = (torch.arange(L, device=x.device) <= last[:, None])[:, None, None]
     a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p).reshape(B, d)
-    h = self.norm1(here + F.dropout(self.out(a), p)); return self.norm2(h + F.dropout(self.down(F.gelu(self.up(h))), p))
+    h = self.norm1(here + F.dropout(self.out(a), p)); return self.norm2(h + F.dropout(self.feed(h), p))
 
 @patch
 def last_state(self: SequenceEncoder, x, last): # x [B, L, d], last [B] -> [B, d]
     "The encoder's output at one position a row."
     if self.position is not None: x = x + self.position.weight[:x.shape[1]]
-    x = F.dropout(self.norm(x), self.p, self.training)
-    for block in self.blocks[:-1]: x = block(x)
+    x, mask = F.dropout(self.norm(x), self.p, self.training), torch.arange(x.shape[1], device=x.device) <= last[:, None]
+    for block in self.blocks[:-1]: x = block(x, mask)
     return self.blocks[-1].at(x, last)
 
 # %% ../../nbs/models/duaf_mat.ipynb #195bc652
@@ -358,7 +362,7 @@ def loss(self: DuAFMAT, batch) -> dict: # loss, main and, where on, cscl, vscl
     states, _, e = self._encode(batch, table)
     parts = dict(main=self._main(batch, states[real], y, table), **(self._contrast(batch, table, e, longer) if longer or s['lambda_1'] else {}))
     total = sum(weight*parts[name] for name, weight in (('main', 1), ('cscl', s['lambda_1']), ('vscl', s['lambda_2'])) if name in parts)       # (23)
-    return dict(loss=total, **{k: v.detach() for k, v in parts.items()})
+    return with_balance(self, dict(loss=total, **{k: v.detach() for k, v in parts.items()}), s['balance'])
 
 # %% ../../nbs/models/duaf_mat.ipynb #c2015682
 @patch

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from ..core.errors import WorkbenchError, unknown
 from .base import Recommender, catalogue_ce, sample_negatives, sampled_bce
+from .moe import SparseMoE, expert_load, forget, with_balance
 
 # %% ../../nbs/models/sasrec.ipynb #f9901965
 def drop(x, p: float, training: bool=True):
@@ -20,19 +21,24 @@ def drop(x, p: float, training: bool=True):
 # %% ../../nbs/models/sasrec.ipynb #a3891921
 class Block(nn.Module):
     "Causal self-attention and a feed-forward net."
-    def __init__(self, d: int, heads: int, inner: int, dropout: float):
+    def __init__(self, d: int, heads: int, inner: int, dropout: float, experts: int=0):
         super().__init__()
-        self.heads, self.p = heads, dropout
+        self.heads, self.p, self.moe = heads, dropout, None
         self.qkv, self.out = nn.Linear(d, 3*d), nn.Linear(d, d)
-        self.up, self.down = nn.Linear(d, inner), nn.Linear(inner, d)
+        if experts: self.moe = SparseMoE(d, inner, experts)
+        else: self.up, self.down = nn.Linear(d, inner), nn.Linear(inner, d)
         self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-12), nn.LayerNorm(d, eps=1e-12)
 
-    def forward(self, x): # [B, L, d]
+    def feed(self, x, mask=None): # [..., d], bool [...]: what is no padding; None: all
+        "The feed-forward net, or the mixture."
+        return self.down(F.gelu(self.up(x))) if self.moe is None else self.moe(x, mask)
+
+    def forward(self, x, mask=None): # [B, L, d], bool [B, L]
         B, L, d = x.shape; p, on = self.p, self.training
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, d//self.heads).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v, dropout_p=p if on else 0., is_causal=True)
         x = self.norm1(x + drop(self.out(a.transpose(1, 2).reshape(B, L, d)), p, on))
-        return self.norm2(x + drop(self.down(F.gelu(self.up(x))), p, on))
+        return self.norm2(x + drop(self.feed(x, mask), p, on))
 
 class SequenceEncoder(nn.Module):
     "Vectors of items to states, causally."
@@ -41,19 +47,23 @@ class SequenceEncoder(nn.Module):
         inner: int=256,       # width of the feed-forward net
         dropout: float=.5,
         max_len: int=50,      # positions that are known
-        positions: bool=True  # add a learned vector for each position
+        positions: bool=True, # add a learned vector for each position
+        experts: int=0        # feed-forward nets in each block, two for each token; 0: one, for all
     ):
         super().__init__()
         if d % heads: raise WorkbenchError(f'd={d} cannot be shared by heads={heads}: give a d that is a multiple of it')
         self.position = nn.Embedding(max_len, d) if positions else None
         self.norm, self.p = nn.LayerNorm(d, eps=1e-12), dropout
-        self.blocks = nn.ModuleList(Block(d, heads, inner, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(d, heads, inner, dropout, experts) for _ in range(layers))
         self.apply(start_small)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor: # [B, L, d] -> [B, L, d]
+    def forward(self,
+        x: torch.Tensor,             # [B, L, d]
+        mask: torch.Tensor|None=None # bool [B, L], what is no padding; needed with experts
+    ) -> torch.Tensor: # [B, L, d]
         if self.position is not None: x = x + self.position.weight[:x.shape[1]]
         x = drop(self.norm(x), self.p, self.training)
-        for block in self.blocks: x = block(x)
+        for block in self.blocks: x = block(x, mask)
         return x
 
 def start_small(module):
@@ -64,23 +74,27 @@ def start_small(module):
 # %% ../../nbs/models/sasrec.ipynb #58fb996d
 class SASRec(Recommender):
     "Self-attentive sequential recommendation."
+    later = 'ffn_experts', 'balance'
     def __init__(self,
         data, # n_items is read
         d: int=64, layers: int=2, heads: int=2, inner: int=256, dropout: float=.5, max_len: int=50, # of the encoder
-        main_loss: str='ce' # or bce_sampled
+        main_loss: str='ce', # or bce_sampled
+        ffn_experts: int=0,  # feed-forward nets in each block, two for each token; 0: one, for all
+        balance: float=1e-2  # weight of the routers' balance loss
     ):
         super().__init__()
         if main_loss not in LOSSES: raise unknown('main_loss', main_loss, LOSSES)
-        self.max_len, self.main_loss, self.n_items = max_len, main_loss, data.n_items
+        self.max_len, self.main_loss, self.n_items, self.balance = max_len, main_loss, data.n_items, balance
         self.item = nn.Embedding(data.n_items + 1, d, padding_idx=0); start_small(self.item)
         with torch.no_grad(): self.item.weight[0] = 0
-        self.encoder = SequenceEncoder(d, layers, heads, inner, dropout, max_len)
+        self.encoder = SequenceEncoder(d, layers, heads, inner, dropout, max_len, experts=ffn_experts)
 
     def item_vectors(self): return self.item.weight
-    def states(self, batch): return self.encoder(self.item(batch.items))
-    def loss(self, batch):
-        real = batch.targets > 0; h, y = self.states(batch)[real], batch.targets[real]
-        return dict(loss=LOSSES[self.main_loss](self, batch, h, y))
+    def states(self, batch): forget(self); return self.encoder(self.item(batch.items), batch.mask)
+    def loss_from(self, batch, states, look=None):
+        real = batch.targets > 0; h, y = states[real], batch.targets[real]
+        return with_balance(self, dict(loss=LOSSES[self.main_loss](self, batch, h, y, look)), self.balance)
+    def explanations(self, data): frame = expert_load(self, data); return {} if frame.is_empty() else dict(experts=frame)
 
-LOSSES = dict(ce=lambda model, batch, h, y: catalogue_ce(h, model.item_vectors(), y),
-              bce_sampled=lambda model, batch, h, y: sampled_bce(h, model.item_vectors(), y, sample_negatives(batch, model.n_items)))
+LOSSES = dict(ce=lambda model, batch, h, y, look: catalogue_ce(h, model.item_vectors(), y, look),
+              bce_sampled=lambda model, batch, h, y, look: sampled_bce(h, model.item_vectors(), y, sample_negatives(batch, model.n_items)))

@@ -86,15 +86,17 @@ def fit(
     by = optimisers(model, lr); names = list(by)
     wrapped, *prepared = accelerator.prepare(model, *by.values()); by = dict(zip(names, prepared))
     p = load_checkpoint(accelerator, run.path); run.rewind('train', p['epoch'])
+    before, after = (getattr(model, name, lambda epoch, run: None) for name in ('before_epoch', 'after_epoch'))
     bar = tqdm(total=epochs, initial=p['epoch'], desc=run.info['method'], unit='epoch', mininterval=10, disable=not accelerator.is_main_process)
     while p['epoch'] < epochs and p['epoch'] - p['best_epoch'] < patience:
         p['epoch'] += 1; set_seed(int(rng(seed, 'dropout', p['epoch'], accelerator.process_index).integers(2**31)))
-        began, said = time.time(), Counter(); model.train()
+        began, said = time.time(), Counter(); before(p['epoch'], run); model.train()
         batches = train_batches(data, model.max_len, batch_size, seed, p['epoch'])
         for i, batch in enumerate(batches, 1):
             said.update(step(accelerator, wrapped, _share(batch, accelerator).to(accelerator.device), by))
             bar.set_postfix(epoch=p['epoch'], step=f'{i}/{len(batches)}', loss=said['loss']/i, best=p['best'], refresh=False); bar.update(0)
         trained = time.time(); ndcg = metrics_of(rank_all(model, data, 'valid'), 'valid')['NDCG@10/valid']; ranked = time.time()
+        after(p['epoch'], run)
         if ndcg > p['best']: p.update(best=ndcg, best_epoch=p['epoch']); _keep(accelerator, model, run)
         values = {k: v/len(batches) for k, v in said.items()} | {'NDCG@10 valid': ndcg}
         run.log(p['epoch'], 'train', **values, **{'train seconds': trained - began, 'valid seconds': ranked - trained}); run.flush()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIT', 'PLACE', 'PROTOCOL', 'own_settings', 'known_settings', 'oracle_ranks', 'write_ranks', 'train_recommender',
-           'build', 'load_model']
+           'recorded', 'build', 'close', 'load_model']
 
 # %% ../../nbs/training/recommender.ipynb #b5e561c6
 import inspect, shutil
@@ -62,13 +62,16 @@ def oracle_ranks(
     frame = pl.DataFrame(dict(user=range(len(test)), rank_oracle=[rank(u) for u in range(len(test))]))
     atomic_write(file, frame.write_parquet); return frame
 
-def write_ranks(run, data, model):
+def write_ranks(run, data, model,
+                beside: dict={} # name -> another model to rank with, besides popularity
+):
     "Valid and test metrics, and the ranks of every test user beside those to beat."
     run.rewind('valid', -1); run.rewind('test', -1)                            # what a killed evaluation left is not counted twice
     run.log(0, 'valid', **metrics_of(rank_all(model, data, 'valid')))
-    frame, pop = rank_all(model, data, 'test', progress=True), rank_all(Pop(data), data)
-    frame = frame.with_columns(rank_popularity=pop['rank'], rank_popularity_masked=pop['rank_masked'])
-    values = metrics_of(frame) | metrics_of(frame, 'popularity', rank='rank_popularity', masked='rank_popularity_masked')
+    frame = rank_all(model, data, 'test', progress=True); values = metrics_of(frame)
+    for who, other in (beside | dict(popularity=Pop(data))).items():
+        r = rank_all(other, data); names = f'rank_{who}', f'rank_{who}_masked'
+        frame = frame.with_columns(**dict(zip(names, (r['rank'], r['rank_masked'])))); values |= metrics_of(frame, who, rank=names[0], masked=names[1])
     if data.truth and processes()[0] == 0:
         frame = frame.join(oracle_ranks(data), on='user', how='left', maintain_order='left')
         values |= metrics_of(frame, 'oracle', rank='rank_oracle', masked='')
@@ -85,33 +88,38 @@ def train_recommender(
     "Train and evaluate a score-based recommender. A finished run of the same settings is reloaded, an unfinished one goes on."
     loop, place, own = _sorted_out(model, settings); Model = get_model(model); check_tracker(place['report_to'])
     net, device = build(Model, data, own, place['seed']), pick_device(place['device'])       # what cannot be built leaves no run behind
-    params = dict(model=model, **loop, **own) | (dict(vectors=vectors_digest(data.features)) if getattr(Model, 'uses_features', False) else {})
-    facts = dict(notebook=place['notebook'], max_users=place['max_users'], planted_seed=place['planted_seed'] if data.source == 'planted' else None,
-        protocol=PROTOCOL, modalities=sorted(data.features), encoders=[place['text_encoder'], place['image_encoder']],
-        loader='mmrec_wb.training.recommender:load_model', notes=getattr(net, 'notes', []))
-    where = (model.replace(':', '.'), data.name, place['seed'], params, data.fingerprint, data.source, place['out_dir'], place['resume'])
-    with opened(*where, **facts) as run:
+    said = {k: v for k, v in own.items() if k not in getattr(Model, 'later', ()) or v != own_settings(model)[k]}
+    params = dict(model=model, **loop, **said) | (dict(vectors=vectors_digest(data.features)) if getattr(Model, 'uses_features', False) else {})
+    with recorded(model.replace(':', '.'), data, params, place, 'mmrec_wb.training.recommender:load_model', notes=getattr(net, 'notes', [])) as run:
         if run.finished: return run
         net.to(device)
         if loop:
             done = fit(net, data, run, **loop, seed=place['seed'], device=device, report_to=place['report_to'])
             run.update(best_epoch=done['best_epoch'], epochs_run=done['epoch'])
         write_ranks(run, data, net)
-        if processes()[0] == 0: _finish(run, data, net)
+        if processes()[0] == 0: close(run, data, net)
         together()
     return run
+
+def recorded(method, data, params, place, loader, **facts):
+    "The open run of these parameters, with the facts that every run of a recommender has."
+    facts |= dict(notebook=place['notebook'], max_users=place['max_users'], planted_seed=place['planted_seed'] if data.source == 'planted' else None,
+        protocol=PROTOCOL, modalities=sorted(data.features), encoders=[place['text_encoder'], place['image_encoder']], loader=loader)
+    return opened(method, data.name, place['seed'], params, data.fingerprint, data.source, place['out_dir'], place['resume'], **facts)
 
 def build(Model, data, own: dict, seed: int):
     "The model with its first weights."
     set_seed(int(rng(seed, 'weights').integers(2**31))); return Model(data, **own)
 
 # %% ../../nbs/training/recommender.ipynb #00bc008a
-def _finish(run, data, net):
+def close(run, data, net,
+          show=() # items that figures show besides
+):
     "Weights, and what pictures need; then the run is closed."
     if not (run.path/'model.safetensors').exists(): atomic_write(run.path/'model.safetensors', lambda to: save_weights(net, str(to)))
     frames = net.eval().explanations(data) if hasattr(net, 'explanations') else {}
     for name, frame in frames.items(): run.save(f'explain/{name}', frame)
-    run.save('items', thumbnails(data, _shown(run.frame('ranks'), frames)))
+    run.save('items', thumbnails(data, {*_shown(run.frame('ranks'), frames), *show}))
     run.finish()
     for old in run.path.glob('checkpoint*'): shutil.rmtree(old)
 
@@ -127,17 +135,19 @@ def _shown(ranks, frames):
 # %% ../../nbs/training/recommender.ipynb #e42a60aa
 def load_model(
     run: Run,
-    data=None # the run's data set, where it was made with options that the record does not hold
+    data=None,            # the run's data set, where it was made with options that the record does not hold
+    params: dict|None=None, # default: the run's
+    weights: dict|None=None # default: the run's
 ): # the model, with its best weights, on the CPU and in evaluation mode
     "The model of a recorded run."
-    i = run.info; planted = dict(planted_seed=i['planted_seed']) if i['source'] == 'planted' else {}
-    Model = get_model(run.params['model'])
+    i, params = run.info, run.params if params is None else params; planted = dict(planted_seed=i['planted_seed']) if i['source'] == 'planted' else {}
+    Model = get_model(params['model'])
     if data is None:
         data = load_dataset(i['dataset'], source=i['source'], max_users=i.get('max_users'), **planted)
         if getattr(Model, 'uses_features', False): add_features(data, encoders=dict(zip(('text', 'image'), i['encoders'])))
     if data.fingerprint != i['fingerprint']:
         raise WorkbenchError(f'{run.path.name} was trained on other data than {data} (fingerprint {i["fingerprint"]}); give the same: load_model(run, data)')
-    net = build(Model, data, {k: v for k, v in run.params.items() if k in own_settings(run.params['model'])}, i['seed'])
-    try: load_weights(net, run.path/'model.safetensors')
+    net = build(Model, data, {k: v for k, v in params.items() if k in own_settings(params['model'])}, i['seed'])
+    try: net.load_state_dict(weights) if weights else load_weights(net, run.path/'model.safetensors')
     except Exception as e: raise WorkbenchError(f'{run.path}/model.safetensors cannot be read ({str(e)[:100]}): run again with resume=False') from None
     return net.eval()
