@@ -10,8 +10,8 @@ r"""Which rejected item? SASRec goes on with DPO under each sampling strategy, a
 1; for the control, which has no beta, six learning rates. All pool sizes take what was chosen for pool 20. `_runs`: a row a run, test at the best valid epoch.
 `_summary`: mean and sd over seeds, the base before stage 2 beside. `_tests`: users' NDCG@5 (the paper's metric) averaged over seeds, Wilcoxon signed-rank, Holm
 over the arms, against the control, and against pool 20. `_negatives`: what each strategy drew on 2,000 training targets that stay the same: rank, false
-negatives (`later`: taken later by the same user, up to the valid target; `planted_false`: the generator's list), and the share of the loss's gradient that pushes these
-down; before stage 2 (`epoch` 0: the same scores for all strategies) and over all epochs after it.
+negatives (`later`: taken later by the same user, up to the valid target; `planted_false`: the generator's list), and the share of the loss's gradient that
+pushes these down; before stage 2 (`epoch` 0: the same scores for all strategies) and over all epochs after it.
 Base: SASRec with the settings that tune_recommenders.py chose; stage 2: at most 20 epochs, patience 5, for all. A stopped study goes on where it stopped.
 """
 import argparse, json
@@ -33,7 +33,8 @@ family = lambda arm: 'topk_20' if arm.startswith('topk_') and arm != 'topk_softm
 
 def trials(arm):
     "Six settings, named before any was run."
-    return [dict(lr=lr) for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)] if arm == 'control' else [dict(lr=lr, beta=b) for lr, b in product((1e-4, 1e-3), (.1, .5, 1.))]
+    if arm == 'control': return [dict(lr=lr) for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)]
+    return [dict(lr=lr, beta=b) for lr, b in product((1e-4, 1e-3), (.1, .5, 1.))]
 
 class Study:
     "The runs of one data set."
@@ -43,7 +44,8 @@ class Study:
         self.name = args.name or f'rodpo_{args.dataset}{f"_planted_g{args.planted_seed}" if args.source == "planted" else ""}'
     def load(self, planted_seed):
         if planted_seed not in self.data:
-            self.data[planted_seed] = load_dataset(self.args.dataset, source=self.args.source, **(dict(planted_seed=planted_seed) if self.args.source == 'planted' else {}))
+            more = dict(planted_seed=planted_seed) if self.args.source == 'planted' else {}
+            self.data[planted_seed] = load_dataset(self.args.dataset, source=self.args.source, **more)
         return self.data[planted_seed]
     def run(self, planted_seed, seed, **settings):
         "One recorded run, or None with its line of error."
@@ -54,7 +56,9 @@ class Study:
 def numbers(run, split):
     return {r['name']: r['value'] for r in run.frame('metrics').filter(split=split).to_dicts()}
 
-def origin(run): return dict(run=run.path.name, commit=run.info['commit'], versions=' '.join(f'{n} {run.info["versions"][n]}' for n in ('torch', 'polars', 'mmrec_wb')))
+def origin(run):
+    v = run.info['versions']
+    return dict(run=run.path.name, commit=run.info['commit'], versions=' '.join(f'{n} {v[n]}' for n in ('torch', 'polars', 'mmrec_wb')))
 
 def tune(study, arms):
     "arm -> settings; the table is kept, and only what it lacks is tried."
@@ -65,7 +69,8 @@ def tune(study, arms):
         found = [(t, study.run(0, 0, **ARMS[arm], **t)) for t in trials(arm)]
         if not all(r for _, r in found): raise SystemExit(f'{arm}: not all trials are done; the same command goes on')
         for t, r in found:
-            rows.append(dict(dataset=title(study.args.dataset, study.args.source, 0), seed=0, arm=arm, lr=t['lr'], beta=t.get('beta'), **{'valid NDCG@10': numbers(r, 'valid')['NDCG@10/model']},
+            valid = {'valid NDCG@10': numbers(r, 'valid')['NDCG@10/model']}
+            rows.append(dict(dataset=title(study.args.dataset, study.args.source, 0), seed=0, arm=arm, lr=t['lr'], beta=t.get('beta'), **valid,
                 best_epoch=r.info['best_epoch'], epochs_run=r.info['epochs_run'], cpu_seconds=r.info['cpu_seconds'], **origin(r)))
             print(f'tune {arm} {t}: valid NDCG@10 {rows[-1]["valid NDCG@10"]:.4f} at epoch {r.info["best_epoch"]} of {r.info["epochs_run"]}', flush=True)
         table = pl.DataFrame(rows, infer_schema_length=None); atomic_write(file, lambda tmp: table.write_csv(tmp, float_precision=5))
@@ -77,28 +82,34 @@ def drawn(run, arm, seed):
     "What was drawn on the probe, before stage 2 and in it."
     f = run.frame('explain/negatives').with_columns(when=pl.when(pl.col('epoch') == 0).then(pl.lit('before')).otherwise(pl.lit('in stage 2')))
     of = lambda c: [pl.col(c).mean(), (pl.col('mass').filter(pl.col(c)).sum()/pl.col('mass').sum()).alias(f'push on {c}')] if f[c].null_count() == 0 else []
-    g = f.group_by('when', maintain_order=True).agg(pl.col('rank').median().alias('rank (median)'), pl.col('gap').mean(), *of('later'), *of('planted_false'), draws=pl.len())
+    ranks = pl.col('rank').median().alias('rank (median)')
+    g = f.group_by('when', maintain_order=True).agg(ranks, pl.col('gap').mean(), *of('later'), *of('planted_false'), draws=pl.len())
     return [dict(arm=arm, seed=seed, **r) for r in g.to_dicts()]
 
 def main(args):
     study = Study(args); tuned, rows, negatives, frames = tune(study, args.arms), [], [], {}
     for seed in args.seeds:
         for arm in args.arms:
-            if not (r := study.run(args.planted_seed, seed, **ARMS[arm], **tuned[family(arm)])): raise SystemExit(f'{arm}, seed {seed} failed: no tables; the same command goes on')
+            r = study.run(args.planted_seed, seed, **ARMS[arm], **tuned[family(arm)])
+            if not r: raise SystemExit(f'{arm}, seed {seed} failed: no tables; the same command goes on')
             values = numbers(r, 'test'); frames.setdefault(arm, []).append(ranks := r.frame('ranks'))
             if arm == args.arms[0]: frames.setdefault('base', []).append(ranks.select('user', rank='rank_base', rank_masked='rank_base_masked'))
-            rows.append(dict(arm=arm, pool=r.params['pool'], seed=seed, **{c: values[f'{c}/model'] for c in COLUMNS}, **{f'{c} base': values[f'{c}/base'] for c in COLUMNS},
-                best_epoch=r.info['best_epoch'], epochs_run=r.info['epochs_run'], cpu_seconds=r.info['cpu_seconds'], **origin(r), params=json.dumps(r.params)))
+            found = {c: values[f'{c}/model'] for c in COLUMNS} | {f'{c} base': values[f'{c}/base'] for c in COLUMNS}
+            about = {k: r.info[k] for k in ('best_epoch', 'epochs_run', 'cpu_seconds')} | origin(r) | dict(params=json.dumps(r.params))
+            rows.append(dict(arm=arm, pool=r.params['pool'], seed=seed, **found, **about))
             if arm != 'control': negatives += drawn(r, arm, seed)
-            print(f'{arm} seed {seed}: NDCG@5 {rows[-1]["NDCG@5"]:.4f} (base {rows[-1]["NDCG@5 base"]:.4f}), epoch {r.info["best_epoch"]} of {r.info["epochs_run"]}, {r.info["cpu_seconds"]:.0f} CPU s', flush=True)
-    head = pl.lit(title(args.dataset, args.source, args.planted_seed)).alias('dataset'); table = pl.DataFrame(rows, infer_schema_length=None).select(head, pl.all())
-    summed = lambda t, cols: t.group_by('dataset', 'arm', maintain_order=True).agg(seeds=pl.len(), **{c: pl.col(c).mean() for c in cols}, **{f'{c} sd': pl.col(c).std() for c in cols})
+            print('{arm} seed {seed}: NDCG@5 {NDCG@5:.4f} (base {NDCG@5 base:.4f}), epoch {best_epoch} of {epochs_run}'.format(**rows[-1]), flush=True)
+    head = pl.lit(title(args.dataset, args.source, args.planted_seed)).alias('dataset')
+    table = pl.DataFrame(rows, infer_schema_length=None).select(head, pl.all())
+    means = {c: pl.col(c).mean() for c in COLUMNS} | {f'{c} sd': pl.col(c).std() for c in COLUMNS}
+    summed = lambda t: t.group_by('dataset', 'arm', maintain_order=True).agg(seeds=pl.len(), **means)
     one = table.filter(arm=args.arms[0]).select('dataset', pl.lit('base').alias('arm'), *(pl.col(f'{c} base').alias(c) for c in COLUMNS))
-    summary = pl.concat([summed(one, COLUMNS), summed(table, COLUMNS)])
+    summary = pl.concat([summed(one), summed(table)])
     tests = [compare({a: [f.select('user', rank=column) for f in frames[a]] for a in [b, *(x for x in frames if x != b)]}, b, 'NDCG@5')
              .select(head, pl.lit(b).alias('baseline'), pl.lit(column == 'rank_masked').alias('history masked'), pl.all())
              for b in ('control', 'topk_20') if b in frames for column in ('rank', 'rank_masked')]
-    parts = dict(runs=table, summary=summary, negatives=pl.DataFrame(negatives, infer_schema_length=None).select(head, pl.all()) if negatives else None, tests=pl.concat(tests) if tests else None)
+    parts = dict(runs=table, summary=summary, tests=pl.concat(tests) if tests else None,
+                 negatives=pl.DataFrame(negatives, infer_schema_length=None).select(head, pl.all()) if negatives else None)
     for part, frame in parts.items():
         if frame is not None: atomic_write(project_root()/'results'/f'{study.name}_{part}.csv', lambda tmp: frame.write_csv(tmp, float_precision=6))
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=220, float_precision=4):
@@ -106,7 +117,8 @@ def main(args):
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument('--dataset', default='toys1k'); a.add_argument('--source', default='raw', choices=['raw', 'planted']); a.add_argument('--planted-seed', type=int, default=0)
+    a.add_argument('--dataset', default='toys1k'); a.add_argument('--source', default='raw', choices=['raw', 'planted'])
+    a.add_argument('--planted-seed', type=int, default=0, help='of the generator')
     a.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS)); a.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     a.add_argument('--out-dir', default='runs/rodpo'); a.add_argument('--name', help='of the files under results/')
     main(a.parse_args())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from ..core.errors import WorkbenchError, unknown
 from .hardness import adaptive_beta
-from .losses import DEFAULTS, gaps, get_loss
+from .losses import DEFAULTS, check_share, gaps, get_loss
 
 # %% ../../nbs/preference/adaptive.ipynb #dce7ddc6
 def kept(
@@ -59,6 +59,7 @@ class Extras(nn.Module):
             takes, self.settings = _WANTS.get(loss, []), {k: v for k, v in (usual | settings).items() if k != 'beta'}
             if loss == 'rosepo' and self.settings['eps'] is not None or loss == 'ipo' and not self.settings['per_token']: takes = []
         else: takes, self.settings = _own_keywords(loss, get_loss(loss), settings)
+        if self.settings.get('eps') is not None: check_share(self.settings['eps'], loss)
         self.takes, self.needs = tuple(takes), frozenset(takes) - {*_OPTIONAL}
         if loss == 'beta_dpo': self.register_buffer('mean', torch.zeros(())); self.register_buffer('std', torch.zeros(()))
 

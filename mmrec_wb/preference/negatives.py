@@ -24,7 +24,7 @@ def _nobody(empty, own, why):
 
 def _by_counts(counts, own, k, generator, all_of):
     "Ids in proportion to int64 `counts` [n_items+1] outside of `own`, and their log-probability."
-    if own.max() >= len(counts): raise WorkbenchError(f'item {int(own.max())} is not in a catalogue of {len(counts) - 1} items: give counts [n_items+1]')
+    if own.max() >= len(counts): raise WorkbenchError(f'item {own.max()} is not in a catalogue of {len(counts) - 1} items: give counts [n_items+1]')
     counts = counts.to(own.device, copy=True); counts[0] = 0
     ends, o = counts.cumsum(0), own.sort(1).values                                     # item i lies from ends[i-1] to ends[i]
     width = counts[o].masked_fill(o.diff(dim=1, prepend=0*o[:, :1]) == 0, 0)           # doubles and padding: 0
@@ -89,7 +89,7 @@ def _pool(scores, own, pool):
         values, at = values.sort(dim=1, descending=True, stable=True); ids = pool.gather(1, at)
     else: values, ids = _best(scores, min(pool, scores.shape[1] - 1))
     if len(bad := (~(values[:, 0] < torch.inf)).nonzero()):
-        raise WorkbenchError(f'the best score of row {int(bad[0])} is {float(values[bad[0], 0])}: the model diverged: lower lr, or look for NaN among the features')
+        raise WorkbenchError(f'the best score of row {int(bad[0])} is {values[bad[0], 0].item()}: the model diverged; lower lr, or look for NaN in features')
     left = (values > -torch.inf).sum(1, keepdim=True)
     _nobody(left[:, 0] == 0, own, 'all but its positive and history score -inf, or it owns the whole pool')
     return values, ids, left
@@ -146,7 +146,7 @@ def _check(scores, own, k, strategy, pool, temperature, window):
     "Settings and shapes, or one line."
     kept, (a, b) = torch.is_tensor(pool), window
     if k < 1: raise WorkbenchError(f'{k} negatives: give at least 1')
-    if kept and (pool.ndim != 2 or len(pool) != len(own)): raise WorkbenchError(f'a kept pool {tuple(pool.shape)} does not fit {len(own)} positives: give ids [B, N]')
+    if kept and (pool.ndim != 2 or len(pool) != len(own)): raise WorkbenchError(f'kept pool {tuple(pool.shape)}: {len(own)} positives need ids [{len(own)}, N]')
     if not kept and pool < 1: raise WorkbenchError(f'pool={pool}: give at least 1')
     if not 0 < temperature < float('inf'): raise WorkbenchError(f'temperature={temperature}: give a number above 0')
     if not 1 <= a <= b: raise WorkbenchError(f'a window from rank {a} to {b}: the first must be 1 or more, the last not below it')
@@ -154,15 +154,16 @@ def _check(scores, own, k, strategy, pool, temperature, window):
         if strategy == 'topk_softmax' or strategy in NEEDS_SCORES and not kept: raise WorkbenchError(f'strategy {strategy} needs scores, and got none')
         return
     if scores.ndim != 2 or len(scores) != len(own): raise WorkbenchError(f'scores {tuple(scores.shape)} do not fit {len(own)} positives: give [B, n_items+1]')
-    if own.min() < 0 or own.max() >= scores.shape[1]: raise WorkbenchError(f'ids of positives and history must lie in 0..{scores.shape[1] - 1}, not {own.min()}..{own.max()}')
+    if own.min() < 0 or own.max() >= scores.shape[1]:
+        raise WorkbenchError(f'ids of positives and history must lie in 0..{scores.shape[1] - 1}, not {own.min()}..{own.max()}')
 
 def _check_drawn(ids, logq, own, k, strategy, scores):
     "What a strategy of one's own returned, or one line."
     says = f'strategy {strategy} must return'
     if not all(torch.is_tensor(x) and x.shape == (len(own), k) for x in (ids, logq)) or ids.dtype != torch.int64:
         raise WorkbenchError(f'{says} int64 ids and their log-probabilities, both [{len(own)}, {k}]')
-    if ids.min() < 1 or scores is not None and ids.max() >= scores.shape[1]: raise WorkbenchError(f'{says} ids of items, and it drew {ids.min()}..{ids.max()}')
-    if (ids[:, :, None] == own[:, None]).any(): raise WorkbenchError(f'{says} no positive and nothing of the history: leave out what is in own (-inf in scores)')
+    if ids.min() < 1 or scores is not None and ids.max() >= scores.shape[1]: raise WorkbenchError(f'{says} ids of items; it drew {ids.min()}..{ids.max()}')
+    if (ids[:, :, None] == own[:, None]).any(): raise WorkbenchError(f'{says} no positive, nothing of the history: leave out what is in own (-inf in scores)')
     if not (logq <= 1e-4).all(): raise WorkbenchError(f'{says} log-probabilities, and {float(logq.max())} is none')
 
 # %% ../../nbs/preference/negatives.ipynb #ee1f7e58
@@ -183,7 +184,8 @@ def sample(
     "K negatives for each row; never its positive, its history or the padding."
     draw, own = get_strategy(strategy), torch.cat([positives[:, None], history], 1).long()
     _check(scores, own, k, strategy, pool, temperature, window)
-    settings = dict(pool=pool.long() if torch.is_tensor(pool) else pool, temperature=temperature, window=window, context=context, generator=generator)
+    if torch.is_tensor(pool): pool = pool.long()
+    settings = dict(pool=pool, temperature=temperature, window=window, context=context, generator=generator)
     with contextlib.nullcontext() if scores is None else _masked(scores, own) as masked: ids, logq = draw(masked, own, k, **settings)
     if strategy not in STRATEGIES: _check_drawn(ids, logq, own, k, strategy, scores)
     return ids, logq

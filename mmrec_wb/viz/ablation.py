@@ -7,8 +7,7 @@ __all__ = ['FILLS', 'over_seeds', 'ablation_bars', 'missing_curves']
 
 # %% ../../nbs/viz/ablation.ipynb #97437bb0
 import plotly.graph_objects as go, polars as pl
-from .preference import _range
-from .theme import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILLION, escape, figure, need, note, shorten
+from .theme import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILLION, axis_range, escape, figure, need, note, shorten
 
 # %% ../../nbs/viz/ablation.ipynb #ccb8f554
 def over_seeds(
@@ -71,7 +70,7 @@ def missing_curves(
     fig = figure(f'{escape(metric)} when pictures are missing', ' · '.join(filter(None, [title, said])), height=360, margin=dict(t=96, r=32),
         xaxis=dict(title_text='share of the pictures withheld', tickvals=rates, tickformat='.0%', showgrid=False),
         yaxis=dict(title_text=escape(metric), nticks=6,
-        range=_range(t['mean'] - t['sd'].fill_null(0), t['mean'] + t['sd'].fill_null(0), runs['value'].drop_nulls())))
+        range=axis_range(t['mean'] - t['sd'].fill_null(0), t['mean'] + t['sd'].fill_null(0), runs['value'].drop_nulls())))
     for k, f in enumerate(fills):
         rows, (name, colour, symbol) = t.filter(fill=f), FILLS.get(f, (shorten(f), VERMILLION, 'star'))
         fig.add_scatter(x=[r + (k - (len(fills) - 1)/2)*step for r in rows['missing_rate']], y=rows['mean'].to_list(), name=name, mode='lines+markers',

@@ -9,7 +9,7 @@ __all__ = ['fit_curves']
 import plotly.graph_objects as go, polars as pl
 from ..core.errors import WorkbenchError
 from .preference import curves
-from .theme import BLUE, GREEN, INK, figure, heading, note
+from .theme import BLUE, GREEN, INK, axis_range, figure, heading
 
 # %% ../../nbs/viz/fit.ipynb #acf9b87c
 def fit_curves(
@@ -21,15 +21,14 @@ def fit_curves(
     if rows[valid].drop_nulls().is_empty():
         raise WorkbenchError("metrics: no 'NDCG@10 valid' under split 'train'; did the run stop before the end of its first epoch?")
     best = rows.drop_nulls(valid).sort(valid, 'step', descending=[True, False]).row(0, named=True)
-    fig = figure('Training', title, height=250 + 96 + 52, hovermode='x unified', margin=dict(t=96, r=32), showlegend=False)
+    said = f"best: {best[valid]:.4f} at epoch {best['step']:.0f}"
+    fig = figure('Training', ' · '.join(filter(None, [title, said])), height=250 + 96 + 52, hovermode='x unified', margin=dict(t=96, r=32), showlegend=False)
     for n, (name, head, colour, left, right) in enumerate((('loss', 'Training loss', BLUE, 0, .45), (valid, 'NDCG@10 of the valid targets', GREEN, .55, 1)), 1):
         n = '' if n == 1 else str(n)
         fig.update_layout({f'xaxis{n}': dict(domain=[left, right], anchor=f'y{n}', title_text='epoch', showgrid=False, dtick=1 if len(rows) < 8 else None),
-                           f'yaxis{n}': dict(anchor=f'x{n}', nticks=6)})
+                           f'yaxis{n}': dict(anchor=f'x{n}', nticks=6, range=axis_range(rows[name].drop_nulls()))})
         heading(fig, head, left, 1, colour)
         fig.add_scatter(x=rows['step'].to_list(), y=rows[name].to_list(), name=head, mode='lines+markers', line=dict(color=colour, width=2.5),
                         marker=dict(size=5), xaxis=f'x{n}', yaxis=f'y{n}', hovertemplate='%{y:.4f}')
         fig.add_shape(type='line', xref=f'x{n}', yref=f'y{n} domain', x0=best['step'], x1=best['step'], y0=0, y1=1, line=dict(color=INK, width=1, dash='dash'))
-    said = f"best: {best[valid]:.4f} at epoch {best['step']:.0f}"
-    note(fig, said, 1, 0, 'right bottom', xref='x2 domain', yref='y2 domain', xshift=-4, yshift=4, font=dict(size=11))
     return fig

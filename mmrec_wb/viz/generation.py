@@ -10,8 +10,9 @@ import math
 import numpy as np, plotly.graph_objects as go, polars as pl
 from ..core.errors import WorkbenchError
 from .fusion import marked
-from .preference import _draw_picture, _range, curves
-from .theme import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILLION, escape, figure, heading, need, note, shorten, wrap
+from .preference import curves
+from .theme import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILLION, axis_range, draw_picture, escape, figure, heading, need, note
+from .theme import shorten, wrap
 
 # %% ../../nbs/viz/generation.ipynb #e9609ade
 METHODS = dict(generated=('generated', BLUE), category_mean=("mean of the item's category", SKY),
@@ -61,7 +62,7 @@ def _nearest(fig, rows, known, x, y, wide, both, pixel):
     "One list of neighbours as pictures, nearest first."
     for k, (i, c) in enumerate(rows.select('neighbour', 'cosine').iter_rows()):
         left = x + k*wide
-        if i in known: _draw_picture(fig, known[i][1], left, y, wide*.88, 56*pixel)
+        if i in known: draw_picture(fig, known[i][1], left, y, wide*.88, 56*pixel)
         else: note(fig, f'item<br>{i}', left + wide*.44, y - 28*pixel, 'center middle', font=dict(size=10, color=GREY))      # its picture was not recorded
         note(fig, f'{c:.2f}', left + wide*.44, y - 58*pixel, 'center top', font=dict(size=10, color=GREY),
              hovertext=shorten(known.get(i, (f'item {i}', None))[0], 60))
@@ -85,7 +86,7 @@ def neighbour_pictures(
     for text, x in heads: heading(fig, text, x, 1)
     for n, i in enumerate(ids):
         y = 1 - (n*row + 4)*pixel; name, picture, category = known.get(i, (f'item {i}', None, None))
-        _draw_picture(fig, picture, 0, y, .065, 56*pixel)
+        draw_picture(fig, picture, 0, y, .065, 56*pixel)
         note(fig, f'{wrap(name, 18, 3)}<br><span style="color:{GREY}">{shorten(category, 18)}</span>', .075, y, 'left top', font=dict(size=11))
         lists = [neighbours.filter(item=i, source=s).sort('place').head(k) for s in ('generated', 'withheld')]
         both = set(lists[0]['neighbour']) & set(lists[1]['neighbour'])
@@ -113,7 +114,7 @@ def player_curves(
         level = {'Players': {2*math.log(2): '2 ln 2', math.log(2): 'ln 2'}, 'What the critic says': {0.: '0'}}.get(head, {}) if gan == 'bce-gp' else {}
         fig.update_layout({f'xaxis{n}': dict(domain=[left, right], anchor=f'y{n}', title_text='epoch', showgrid=False, dtick=1 if len(rows) < 8 else None),
             f'yaxis{n}': dict(domain=[low, top], anchor=f'x{n}', nticks=6, title_text=label,
-                              range=_range(*[rows[c].drop_nulls() for c in names], refs=list(level))),
+                              range=axis_range(*[rows[c].drop_nulls() for c in names], refs=list(level))),
             f'legend{n}': dict(orientation='h', x=left, xanchor='left', y=top, yanchor='bottom', font=dict(size=11))})
         note(fig, f'<b>{head}</b>', left, top, font=dict(size=13), yshift=24)
         for name, (called, colour) in names.items():

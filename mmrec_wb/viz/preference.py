@@ -10,7 +10,7 @@ __all__ = ['hardness_bins', 'hardness_ends', 'hardness_distribution', 'curves', 
 import math
 import numpy as np, plotly.graph_objects as go, polars as pl
 from ..core.errors import WorkbenchError
-from .theme import BLUE, GREEN, GREY, INK, SKY, VERMILLION, data_uri, escape, figure, heading, need, note, wrap
+from .theme import BLUE, GREEN, GREY, INK, SKY, VERMILLION, axis_range, draw_picture, escape, figure, heading, need, note, wrap
 
 # %% ../../nbs/viz/preference.ipynb #7312f6bb
 def hardness_bins(
@@ -42,28 +42,11 @@ def hardness_ends(
     return hard, rows.tail(min(examples, len(rows) - len(hard))).sort(['delta', 'pair'], descending=[True, False])
 
 # %% ../../nbs/viz/preference.ipynb #d528d9fe
-def _range(*values, refs=(), pad=.08):
-    "An axis range that holds all `values` and reference lines, with room around them; never of zero width."
-    v = np.concatenate([np.asarray(x, float) for x in values] + [np.asarray(refs, float)]); v = v[np.isfinite(v)]
-    if not len(v): return [0, 1]
-    low, high = v.min(), v.max(); room = (high - low)*pad if high - low > 1e-6*abs(high) else max(abs(high)*.1, 1e-3)
-    return [low - room, high + room]
-
-def _draw_picture(fig, thumbnail, x, y, wide, high):
-    "A thumbnail in the box whose upper left corner is (x, y); an empty dashed frame where there is none."
-    uri = data_uri(thumbnail)
-    if uri:
-        fig.add_layout_image(source=uri, xref='paper', yref='paper', x=x + wide/2, y=y, xanchor='center', yanchor='top', sizex=wide, sizey=high,
-                             sizing='contain', layer='above')
-    else:
-        fig.add_shape(type='rect', xref='paper', yref='paper', x0=x, x1=x + wide, y0=y - high, y1=y, line=dict(color='#9A9A9A', width=1, dash='dash'))
-        note(fig, 'no<br>picture', x + wide/2, y - high/2, 'center middle', font=dict(size=10, color=GREY))
-
 def _draw_pair(fig, pair, items, x, y, high, pixel):
     "One pair: both thumbnails, beside them what they are. `items`: id -> (title, thumbnail); `pixel`: one pixel in shares of the height."
     wide, gap = .07, .01
     item = lambda i: items.get(i) or (f'item {i} (not in the record)', None)
-    for k, side in enumerate(('chosen_item', 'rejected_item')): _draw_picture(fig, item(pair[side])[1], x + k*(wide + gap), y, wide, high)
+    for k, side in enumerate(('chosen_item', 'rejected_item')): draw_picture(fig, item(pair[side])[1], x + k*(wide + gap), y, wide, high)
     lines = [f'<span style="color:{GREY}">δ = {pair["delta"]:.4g}' + (f' · λ = {pair["weight"]:.4f}' if pair.get('weight') is not None else '') + '</span>']
     for side, colour in (('chosen', BLUE), ('rejected', VERMILLION)):
         text = wrap(f'{side}: {item(pair[side + "_item"])[0] or "(no title)"}', 36)
@@ -113,9 +96,9 @@ def hardness_distribution(
     fig.update_layout(bargap=0, legend=dict(x=1, y=1, yanchor='bottom'),
                       yaxis=dict(domain=[1 - plot*pixel, 1], title_text='pairs', nticks=6, tickformat=',', range=[0, 1.06*most], dtick=1 if most < 6 else None),
                       xaxis=dict(anchor='y', title_text='hardness distance delta (small = hard pair, large = easy pair)', showgrid=False,
-                                 range=_range(bins['left'], bins['right'], pad=.01 if len(bins) > 1 else 3)),
+                                 range=axis_range(bins['left'], bins['right'], pad=.01 if len(bins) > 1 else 3)),
                       yaxis2=dict(overlaying='y', side='right', title_text='weight λ', showgrid=False, tickmode='auto', nticks=5, tickformat='.4~f',
-                                  range=_range(bins['weight'].drop_nulls())))
+                                  range=axis_range(bins['weight'].drop_nulls())))
     _draw_hardness(fig, bins, float(known['delta'].mean()), (hard, easy))
     if not examples: return fig
     ids = pl.concat([rows[c].cast(pl.Int64) for rows in (hard, easy) for c in ('chosen_item', 'rejected_item')])
@@ -200,9 +183,9 @@ def beta_curves(
     if rows['responsiveness'].count(): _line(fig, rows, 'responsiveness', 'η', GREEN, ('x', 'y2'), showlegend=False); _reference(fig, 1, 'η = 1', ('x', 'y2'))
     else: _absent(fig, 'η', 'y2')
     beta = [rows[n].drop_nulls().to_numpy() for n in ('beta_mean', 'beta_min', 'beta_max')]
-    if rows['beta_mean'].count(): fig.update_layout(yaxis_range=_range(*beta, refs=[] if beta_0 is None else [beta_0]))
+    if rows['beta_mean'].count(): fig.update_layout(yaxis_range=axis_range(*beta, refs=[] if beta_0 is None else [beta_0]))
     if beta_0 is not None: _reference(fig, beta_0, f'β₀ = {beta_0:g}', ('x', 'y'))
-    if rows['responsiveness'].count(): fig.update_layout(yaxis2_range=_range(rows['responsiveness'].drop_nulls(), refs=[1]))
+    if rows['responsiveness'].count(): fig.update_layout(yaxis2_range=axis_range(rows['responsiveness'].drop_nulls(), refs=[1]))
     return fig
 
 # %% ../../nbs/viz/preference.ipynb #e72c5e01
@@ -246,7 +229,7 @@ def margin_curves(
             fig.add_scatter(x=clean['step'].to_numpy(), y=clean['value'].to_numpy(), xaxis=axes[0], yaxis=axes[1], mode='markers',
             name='without noise', legend=legend,
                             marker=dict(color=INK, size=6, symbol='x-thin-open'))
-        fig.update_layout({f'yaxis{axes[1][1:]}': dict(range=_range(pl.concat([rows[name].drop_nulls(), clean['value']]), refs=[line]))})
+        fig.update_layout({f'yaxis{axes[1][1:]}': dict(range=axis_range(pl.concat([rows[name].drop_nulls(), clean['value']]), refs=[line]))})
     return fig
 
 # %% ../../nbs/viz/preference.ipynb #39cd3e58
@@ -272,5 +255,5 @@ def loss_curves(
         _smoothed(fig, rows, 'loss', dict(sft=BLUE, preference=VERMILLION)[split], (x, y), 'legend' + n)
         refs = [math.log(2)] if split == 'preference' else []
         if refs: _reference(fig, refs[0], 'ln 2', (x, y))
-        fig.update_layout({f'yaxis{n}_range': _range(rows['loss'].drop_nulls(), refs=refs)})
+        fig.update_layout({f'yaxis{n}_range': axis_range(rows['loss'].drop_nulls(), refs=refs)})
     return fig

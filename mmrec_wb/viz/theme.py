@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'VERMILLION', 'GREEN', 'ORANGE', 'SKY', 'PINK', 'INK', 'GREY', 'PALE', 'FONT', 'TEMPLATE', 'escape', 'shorten',
-           'wrap', 'data_uri', 'figure', 'note', 'heading', 'need']
+           'wrap', 'data_uri', 'figure', 'note', 'heading', 'axis_range', 'draw_picture', 'need']
 
 # %% ../../nbs/viz/theme.ipynb #2c29dbe9
 import base64, html, io, textwrap, warnings
-import plotly.graph_objects as go, polars as pl
+import numpy as np, plotly.graph_objects as go, polars as pl
 from PIL import Image
 from ..core.errors import WorkbenchError
 
@@ -101,6 +101,33 @@ def heading(
 ):
     "Name a panel of the figure."
     note(fig, f'<b>{text}</b>', x, y, font=dict(size=13, color=colour), yshift=4)
+
+# %% ../../nbs/viz/theme.ipynb #097ef038
+def axis_range(
+    *values,     # arrays or lists of numbers; what is not finite does not count
+    refs=(),     # reference lines that must be seen
+    pad: float=.08 # room at each end, in shares of the range
+) -> list[float]: # low, high
+    "An axis range that holds all `values` and reference lines, with room around them; never of zero width."
+    v = np.concatenate([np.asarray(x, float) for x in values] + [np.asarray(refs, float)]); v = v[np.isfinite(v)]
+    if not len(v): return [0, 1]
+    low, high = v.min(), v.max(); room = (high - low)*pad if high - low > 1e-6*abs(high) else max(abs(high)*.1, 1e-3)
+    return [low - room, high + room]
+
+def draw_picture(
+    fig: go.Figure,
+    thumbnail: bytes|None,    # PNG or JPEG
+    x: float, y: float,       # upper left corner, in shares of the plotting area
+    wide: float, high: float  # of the box
+):
+    "A thumbnail in its box; an empty dashed frame where there is none."
+    uri = data_uri(thumbnail)
+    if uri:
+        fig.add_layout_image(source=uri, xref='paper', yref='paper', x=x + wide/2, y=y, xanchor='center', yanchor='top', sizex=wide, sizey=high,
+                             sizing='contain', layer='above')
+    else:
+        fig.add_shape(type='rect', xref='paper', yref='paper', x0=x, x1=x + wide, y0=y - high, y1=y, line=dict(color='#9A9A9A', width=1, dash='dash'))
+        note(fig, 'no<br>picture', x + wide/2, y - high/2, 'center middle', font=dict(size=10, color=GREY))
 
 # %% ../../nbs/viz/theme.ipynb #82dea735
 def need(
