@@ -16,6 +16,11 @@ def _fits(value, kind):
     if kind is float: return type(value) in (int, float) and value - value == 0      # neither nan nor inf
     return value is None if kind in (None, type(None)) else type(value) is kind
 
+def _plain(value):
+    "What papermill can set: text, numbers, and lists and tables of these. A table of functions or classes, which a notebook imports, is none."
+    if isinstance(value, (list, dict)): return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (str, int, float, bool))
+
 def _check(name, value, rule):
     "A list names the choices (for text, 'package.module:function' is one too); a pair bounds a number, None is no bound."
     if isinstance(rule, list):
@@ -33,8 +38,7 @@ def guard(
     "The notebook's parameters, checked. Names that begin with PAPERMILL_ pass."
     declared = namespace.get('__annotations__', {})
     for name, value in namespace.items():
-        plain = isinstance(value, (str, int, float, bool, list, dict, tuple)) or value is None
-        if plain and name not in declared and not name.startswith(('_', 'PAPERMILL_')) and name not in ('In', 'Out'): raise unknown('parameter', name, declared)
+        if _plain(value) and name not in declared and not name.startswith(('_', 'PAPERMILL_')) and name not in ('In', 'Out'): raise unknown('parameter', name, declared)
     for name, kind in declared.items():
         value = namespace[name]
         need = 'a finite number' if kind is float else getattr(kind, '__name__', kind)

@@ -9,11 +9,12 @@ __all__ = ['MODELS', 'get_model']
 import importlib
 from ..core.errors import WorkbenchError, unknown
 from .duaf_mat import DuAFMAT
+from .hm4sr import HM4SR
 from .pop import Pop
 from .sasrec import SASRec
 
 # %% ../../nbs/models/registry.ipynb #6adc933e
-MODELS = dict(sasrec=SASRec, duaf_mat=DuAFMAT, pop=Pop)
+MODELS = dict(sasrec=SASRec, hm4sr=HM4SR, duaf_mat=DuAFMAT, pop=Pop)
 
 def get_model(
     name: str # of MODELS, or package.module:Class

@@ -37,17 +37,13 @@ class Recommender(nn.Module):
         z = state @ v[items].T if items.ndim == 1 else (v[items] @ state[..., None])[..., 0]
         return z.masked_fill(items == 0, -torch.inf)
 
-    def loss_from(self, batch, states,
-        look=None # where all items are scored: called as in `catalogue_ce`
-    ) -> dict: # 'loss' and its named parts, scalars
-        "The loss, where `states(batch)` is known already."
+    def loss_from(self, batch, states, look=None) -> dict: # 'loss' and its named parts, scalars
+        "The loss, where `states(batch)` is known already. `look` is called where all items are scored, as in `catalogue_ce`."
         raise NotImplementedError
 
     def loss(self, batch) -> dict: return self.loss_from(batch, self.states(batch))
 
-    @property
-    def shares_states(self) -> bool: # False: the model gives only `loss`, and makes the states anew there
-        return type(self).loss_from is not Recommender.loss_from
+    shares_states = property(lambda self: type(self).loss_from is not Recommender.loss_from) # bool; False: the model gives only `loss`
 
     def explain(self, batch) -> dict: # e.g. fusion weights [B, L, M]; may be empty
         return {}

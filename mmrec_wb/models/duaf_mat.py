@@ -81,8 +81,7 @@ def category_ids(data, least: int=5) -> tuple: # int64 [n_items+1], how many
 # %% ../../nbs/models/duaf_mat.ipynb #3fa0eac7
 class DuAFMAT(Recommender):
     "DuAF-MAT, assembled."
-    player_options, uses_features = dict(betas=(.5, .9)), True                      # of the players' Adam; the run's hash covers the features
-    later = 'ffn_experts', 'balance'
+    player_options, uses_features, later = dict(betas=(.5, .9)), True, ('ffn_experts', 'balance') # of the players' Adam; the run's hash covers the features
     def __init__(self,
         data, # with features: text, image or both
         d: int=64, layers: int=2, heads: int=2, inner: int=256, dropout: float=.5, max_len: int=50, # of the encoder, as SASRec
@@ -109,9 +108,8 @@ class DuAFMAT(Recommender):
         ffn_experts: int=0, balance: float=1e-2, # a sparse encoder (models.moe): nets in each block, weight of the balance loss
         seed: int=0             # which pictures are withheld; noise outside of training
     ):
-        s = _settled({k: v for k, v in locals().items() if k not in ('self', 'data', '__class__')})
-        super().__init__(); self.s, self._cached = s, None
-        self.max_len, self.n_items, self.notes = s['max_len'], data.n_items, []
+        s = _settled({k: v for k, v in locals().items() if k not in ('self', 'data', '__class__')}); super().__init__()
+        self.s, self._cached, self.max_len, self.n_items, self.notes = s, None, s['max_len'], data.n_items, []
         there = {m: self._kept(data) if m == 'image' else f.present for m, f in data.features.items()}
         self.names = ['id', *(m for m in ('text', 'image') if m in there and there[m].any()), *['structural']*s['structural']]
         if 'image' in there and 'image' not in self.names: self.notes.append('every picture is withheld: the image modality is off')
@@ -262,7 +260,8 @@ def states(self: DuAFMAT, batch): return self._encode(batch, self._needed(batch)
 def explanations(self: DuAFMAT, data) -> dict: # name -> frame
     "What the pictures are drawn from: see models.explain."
     from mmrec_wb.models.explain import fusion_weights, generated_vectors, generated_neighbours
-    frames = dict(fusion=fusion_weights(self, data), generated=generated_vectors(self, data), neighbours=generated_neighbours(self, data), experts=expert_load(self, data))
+    makers = dict(fusion=fusion_weights, generated=generated_vectors, neighbours=generated_neighbours, experts=expert_load)
+    frames = {name: make(self, data) for name, make in makers.items()}
     return {name: frame for name, frame in frames.items() if frame.height}
 
 @patch

@@ -123,9 +123,9 @@ def _oracle(data, ids, x):
 @torch.no_grad()
 def generated_vectors(
     model, data # the model in evaluation mode
-) -> pl.DataFrame: # item, category, method (generated, mean, category_mean, text_nearest, oracle), cosine (centred), squared_error
+) -> pl.DataFrame: # item, category, method (generated, mean, category_mean, text_nearest, oracle), cosine (centred), squared_error, length (of the guess)
     "Guessed against withheld picture vectors."
-    schema = dict(item=pl.Int32, category=pl.String, method=pl.String, cosine=pl.Float32, squared_error=pl.Float32)
+    schema = dict(item=pl.Int32, category=pl.String, method=pl.String, cosine=pl.Float32, squared_error=pl.Float32, length=pl.Float32)
     if 'image' not in model.names: return pl.DataFrame(schema=schema)
     items, x_true = _originals(model, data); own = model.frozen['image'].has.nonzero()[:, 0]; items = items.to(own.device); frames = []
     if not len(items): return pl.DataFrame(schema=schema)
@@ -133,7 +133,8 @@ def generated_vectors(
     for method, x in _guesses(model, data, items, x_own, own, x_true).items():
         cosine = F.cosine_similarity(x - centre, x_true - centre, eps=1e-12) if method != 'mean' else torch.zeros(len(items))
         frames.append(pl.DataFrame(dict(item=items.cpu().numpy(), category=data.catalogue['category'].gather(items.cpu().numpy()), method=[method]*len(items),
-                                        cosine=cosine.cpu().numpy(), squared_error=((x - x_true).square().sum(1)/size).cpu().numpy())))
+                                        cosine=cosine.cpu().numpy(), squared_error=((x - x_true).square().sum(1)/size).cpu().numpy(),
+                                        length=((x - centre).square().sum(1)/size).sqrt().cpu().numpy())))
     return pl.concat([f.cast(schema) for f in frames])
 
 # %% ../../nbs/models/explain.ipynb #5ea17ba7

@@ -7,6 +7,7 @@ __all__ = ['SparseMoE', 'sparse_layers', 'forget', 'with_balance', 'active_param
 
 # %% ../../nbs/models/moe.ipynb #0f7429e6
 import polars as pl, torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from ..data.batches import eval_batches
@@ -46,8 +47,6 @@ class SparseMoE(nn.Module):
         return torch.zeros_like(flat, dtype=out.dtype).index_add(0, where if real is None else real[where], out).view(x.shape)
 
 # %% ../../nbs/models/moe.ipynb #7372f0d4
-from fastcore.basics import patch
-
 @patch
 def _note(self: SparseMoE, p, chosen): # p [n, N], chosen [n, top]
     "Sums over tokens: of first choices, of all choices, of p; and how many."
@@ -102,6 +101,6 @@ def expert_load(
     for hook in hooks: hook.remove()
     model.train(was); forget(model); rows = []
     for i, (m, name) in enumerate(layers.items()):
-        for c, n in [(None, counts[m].sum(1)), *zip(kinds, counts[m].T)]:
+        for c, n in [(None, counts[m].sum(1)), *sorted(zip(kinds, counts[m].T), key=lambda r: -int(r[1].sum()))]:    # often met first
             if c != '' and n.sum(): rows += [(i, name, e, c, share) for e, share in enumerate((n/n.sum()).tolist())]
     return pl.DataFrame(rows, dict(layer=pl.Int64, where=pl.String, expert=pl.Int64, category=pl.String, load=pl.Float64), orient='row')

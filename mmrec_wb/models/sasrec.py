@@ -40,6 +40,7 @@ class Block(nn.Module):
         x = self.norm1(x + drop(self.out(a.transpose(1, 2).reshape(B, L, d)), p, on))
         return self.norm2(x + drop(self.feed(x, mask), p, on))
 
+# %% ../../nbs/models/sasrec.ipynb #eb6b14e0
 class SequenceEncoder(nn.Module):
     "Vectors of items to states, causally."
     def __init__(self,

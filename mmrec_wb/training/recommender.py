@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIT', 'PLACE', 'PROTOCOL', 'own_settings', 'known_settings', 'oracle_ranks', 'write_ranks', 'train_recommender',
-           'recorded', 'build', 'close', 'load_model']
+           'recorded', 'sizes', 'build', 'close', 'load_model']
 
 # %% ../../nbs/training/recommender.ipynb #b5e561c6
 import inspect, shutil
@@ -13,12 +13,13 @@ from safetensors.torch import load_model as load_weights, save_model as save_wei
 from ..core.errors import WorkbenchError, unknown
 from ..core.paths import atomic_write, cache_dir
 from ..core.processes import processes, together
-from ..core.record import Run
+from ..core.record import Run, own_code
 from ..core.seeds import rng, set_seed
 from ..data import load_dataset
 from ..data.encoders import ENCODERS
 from ..data.features import add_features
 from ..models import get_model
+from ..models.moe import active_parameters, total_parameters
 from ..models.pop import Pop
 from .fit import check_tracker, fit
 from .hanorec import opened, pick_device, thumbnails, vectors_digest
@@ -89,8 +90,10 @@ def train_recommender(
     loop, place, own = _sorted_out(model, settings); Model = get_model(model); check_tracker(place['report_to'])
     net, device = build(Model, data, own, place['seed']), pick_device(place['device'])       # what cannot be built leaves no run behind
     said = {k: v for k, v in own.items() if k not in getattr(Model, 'later', ()) or v != own_settings(model)[k]}
-    params = dict(model=model, **loop, **said) | (dict(vectors=vectors_digest(data.features)) if getattr(Model, 'uses_features', False) else {})
-    with recorded(model.replace(':', '.'), data, params, place, 'mmrec_wb.training.recommender:load_model', notes=getattr(net, 'notes', [])) as run:
+    vectors = dict(vectors=vectors_digest(data.features)) if getattr(Model, 'uses_features', False) else {}
+    params = dict(model=model, **loop, **said, **own_code(model=model), **vectors)
+    facts = dict(notes=getattr(net, 'notes', []), parameters=sizes(net))
+    with recorded(model.replace(':', '.'), data, params, place, 'mmrec_wb.training.recommender:load_model', **facts) as run:
         if run.finished: return run
         net.to(device)
         if loop:
@@ -106,6 +109,9 @@ def recorded(method, data, params, place, loader, **facts):
     facts |= dict(notebook=place['notebook'], max_users=place['max_users'], planted_seed=place['planted_seed'] if data.source == 'planted' else None,
         protocol=PROTOCOL, modalities=sorted(data.features), encoders=[place['text_encoder'], place['image_encoder']], loader=loader)
     return opened(method, data.name, place['seed'], params, data.fingerprint, data.source, place['out_dir'], place['resume'], **facts)
+
+def sizes(net) -> dict: # total, active: how many parameters there are, and how many of them one token meets
+    return dict(total=total_parameters(net), active=active_parameters(net))
 
 def build(Model, data, own: dict, seed: int):
     "The model with its first weights."
