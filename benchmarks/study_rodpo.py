@@ -3,8 +3,8 @@ r"""Which rejected item? SASRec goes on with DPO under each sampling strategy, a
     MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys1k
     MMREC_DATA=... python benchmarks/study_rodpo.py --dataset ml-100k
     python benchmarks/study_rodpo.py --dataset toys --source planted --planted-seed 1                           # tuned on generator seed 0
-    MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys --arms control uniform hard topk_20          # all of Toys, three seeds
-    MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys --arms topk_5 topk_10 topk_50 topk_100 --seeds 0 --name rodpo_toys_pools
+    MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys --tuned-on toys1k --arms control uniform hard topk_20     # all of Toys
+    MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys --tuned-on toys1k --arms topk_5 topk_10 topk_50 topk_100 --seeds 0 --name rodpo_toys_pools
 
 `_tune`: six trials for each strategy, one seed, judged by NDCG@10 on the VALID targets (no test number is read): learning rates .0001 and .001, beta .1, .5 and
 1; for the control, which has no beta, six learning rates. All pool sizes take what was chosen for pool 20. `_runs`: a row a run, test at the best valid epoch.
@@ -29,6 +29,7 @@ POOLS = (5, 10, 20, 50, 100)
 ARMS = dict(control=dict(loss='none'), **{s: dict(strategy=s) for s in ('uniform', 'popularity', 'hard')},
             **{f'topk_{n}': dict(strategy='topk', pool=n) for n in POOLS}, topk_softmax=dict(strategy='topk_softmax', pool=20))
 COLUMNS = [m + h for h in ('', ' masked') for m in ('NDCG@5', 'NDCG@10', 'MRR@5', 'HR@5')]
+ROW = ('base', 'control', 'uniform', 'popularity', 'hard', 'topk_20', 'topk_softmax') # columns of the README's tables
 family = lambda arm: 'topk_20' if arm.startswith('topk_') and arm != 'topk_softmax' else arm
 
 def trials(arm):
@@ -62,7 +63,9 @@ def origin(run):
 
 def tune(study, arms):
     "arm -> settings; the table is kept, and only what it lacks is tried."
-    file, rows = project_root()/'results'/f'rodpo_{study.args.dataset}{"_planted" if study.args.source == "planted" else ""}_tune.csv', []
+    mine = f'{study.args.dataset}{"_planted" if study.args.source == "planted" else ""}'
+    file, rows = project_root()/'results'/f'rodpo_{study.args.tuned_on or mine}_tune.csv', []
+    if study.args.tuned_on and not file.exists(): raise SystemExit(f'{file.name} is not there: run the study of {study.args.tuned_on} first')
     if file.exists(): rows = pl.read_csv(file).to_dicts()
     for arm in dict.fromkeys(map(family, arms)):
         if any(r['arm'] == arm for r in rows): continue
@@ -77,6 +80,18 @@ def tune(study, arms):
     table = pl.DataFrame(rows, infer_schema_length=None).sort('valid NDCG@10', descending=True, maintain_order=True)
     top = {a: table.filter(arm=a).row(0, named=True) for a in table['arm'].unique()}
     return {a: {k: r[k] for k in ('lr', 'beta') if r[k] is not None} for a, r in top.items()}
+
+def readme_row(summary): # one data set
+    "Its row of the README's table: NDCG@5, mean ± sd over the seeds."
+    m = {r['arm']: r for r in summary.to_dicts()}; said = lambda r: f"{r['NDCG@5']:.4f}" + (f" ± {r['NDCG@5 sd']:.4f}" if r['NDCG@5 sd'] is not None else '')
+    return f"| {summary['dataset'][0]} | {max(r['seeds'] for r in m.values())} | " + ' | '.join(said(m[a]) if a in m else '–' for a in ROW) + ' |'
+
+def negatives_row(negatives): # one data set
+    "Its row of the README's table of false negatives: means over the seeds, before stage 2."
+    kinds = [k for k in ('later', 'planted_false') if k in negatives.columns]; f = negatives.filter(when='before').group_by('arm').agg(pl.col(kinds).mean())
+    m = {r['arm']: r for r in f.to_dicts()}
+    said = lambda r: f"{r['later']:.3f}" + (f", {r['planted_false']:.3f}" if r.get('planted_false') is not None else '')
+    return f"| {negatives['dataset'][0]} | " + ' | '.join(said(m[a]) if a in m else '–' for a in ROW[2:]) + ' |'
 
 def drawn(run, arm, seed):
     "What was drawn on the probe, before stage 2 and in it."
@@ -120,5 +135,6 @@ if __name__ == '__main__':
     a.add_argument('--dataset', default='toys1k'); a.add_argument('--source', default='raw', choices=['raw', 'planted'])
     a.add_argument('--planted-seed', type=int, default=0, help='of the generator')
     a.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS)); a.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    a.add_argument('--tuned-on', help='another data set whose _tune table is taken: no trials')
     a.add_argument('--out-dir', default='runs/rodpo'); a.add_argument('--name', help='of the files under results/')
     main(a.parse_args())

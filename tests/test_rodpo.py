@@ -186,3 +186,14 @@ def test_the_notebook(tmp_path, more):
 
 def test_the_notebook_stops_at_nonsense(tmp_path):
     p, _ = papermill(tmp_path, loss='dpoo'); assert p.returncode == 1 and 'did you mean dpo' in p.stderr and not (tmp_path/'runs').exists()
+
+def test_code_of_ones_own_is_part_of_the_run(data, tmp_path, monkeypatch):
+    "Its settings reach it, and when its module changes it is another run."
+    import importlib, sys
+    monkeypatch.syspath_prepend(str(tmp_path)); file = tmp_path/'mine.py'; runs = []
+    for gamma in ('gamma', '2*gamma'):
+        file.write_text(f'import mmrec_wb.preference.losses as l\ndef mine(policy, reference, *, beta, gamma): return l.simpo(policy, reference, beta=beta, gamma={gamma})\n')
+        sys.modules.pop('mine', None); importlib.invalidate_caches()
+        runs.append(train_rodpo(data, loss='mine:mine', gamma=.5, beta=1., out_dir=tmp_path/'runs', **SMALL))
+    assert runs[0].path != runs[1].path and runs[0].params['gamma'] == .5
+    with pytest.raises(WorkbenchError, match='gamma'): train_rodpo(data, loss='mine:mine', out_dir=tmp_path/'runs', **SMALL)

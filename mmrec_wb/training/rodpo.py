@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from ..core.errors import WorkbenchError, unknown
 from ..core.processes import processes, together
-from ..core.record import Run, load_run
+from ..core.record import Run, load_run, own_code
 from ..core.seeds import rng
 from ..data.batches import Batches, train_batches, train_windows
 from ..models import get_model
@@ -26,7 +26,8 @@ from ..preference.losses import DIFFERENCES_ONLY, get_loss
 from ..preference.negatives import NEEDS_SCORES, get_strategy, pool_of, sample
 from .fit import check_tracker, fit
 from .hanorec import pick_device
-from .recommender import FIT, PLACE, close, load_model as load_recommender, own_settings, recorded, train_recommender, write_ranks
+from .recommender import FIT, PLACE, close, load_model as load_recommender, own_settings, recorded, sizes, train_recommender
+from .recommender import write_ranks
 
 # %% ../../nbs/training/rodpo.ipynb #5d83f3f5
 STAGE2 = dict(epochs=20, batch_size=2048, lr=1e-4, patience=5)
@@ -52,7 +53,7 @@ def settled(
         if s[k] < 1: raise WorkbenchError(f'{k}={s[k]}: give at least 1')
     if s['lambda_rec'] < 0: raise WorkbenchError(f"lambda_rec={s['lambda_rec']}: give 0 or more")
     usual = DEFAULTS.get(s['loss'], dict(beta=.1))
-    s |= {k: usual.get(k) if s[k] is None or k not in usual else s[k] for k in ('beta', 'eps', 'gamma')}
+    s |= {k: s[k] if s[k] is not None and (':' in s['loss'] or k in usual) else usual.get(k) for k in ('beta', 'eps', 'gamma')}
     if s['strategy'] not in NEEDS_SCORES and not own: s['pool_refresh'] = None
     return s | {k: None for k, users in USED_BY.items() if s['strategy'] not in users and not own}
 
@@ -97,8 +98,8 @@ class Preferring(Recommender):
     def loss(self, batch):
         own, real, s = self.policy, batch.targets > 0, self.s
         if s['loss'] == 'none': return own.loss(batch)
-        self.masks = random_state(y := batch.targets[real]); states, found = own.states(batch), []
-        look = self.looking(y, seen := seen_before(self.data, batch), found) if own.shares_states else None
+        y, seen, found = batch.targets[real], seen_before(self.data, batch), []
+        self.masks = random_state(y); states = own.states(batch); look = self.looking(y, seen, found)
         parts = own.loss_from(batch, states, look) if own.shares_states else own.loss(batch); base, h = parts.pop('loss'), states[real]
         ids = torch.cat(found) if found else self.draw(h.detach(), batch, y, seen); self.drawn += torch.bincount(ids.flatten(), minlength=len(self.drawn))
         each, more = self.each(*self.pairs(batch, h, items := torch.cat([y[:, None], ids], 1)), items)
@@ -282,7 +283,7 @@ def explanations(self: Preferring, data):
 # %% ../../nbs/training/rodpo.ipynb #335e0b2f
 def _sorted_out(base, settings):
     "Settings of stage 1, of stage 2's loop, of the place, of the preference; a name that nobody knows is refused."
-    own, first = own_settings(base), {f'base_{k}': v for k, v in FIT.items()}
+    own, first = {k: v for k, v in own_settings(base).items() if k not in PLACE}, {f'base_{k}': v for k, v in FIT.items()}
     if odd := [k for k in settings if k not in STAGE2 | PREFERENCE | PLACE | own | first]:
         raise unknown('setting of rodpo', odd[0], [*STAGE2, *PREFERENCE, *PLACE, *own, *first])
     take = lambda known: {k: settings[k] for k in known if k in settings}
@@ -316,8 +317,9 @@ def train_rodpo(
     stage1, loop, place, s = _sorted_out(base, settings); check_tracker(place['report_to']); seed, device = place['seed'], pick_device(place['device'])
     first = trained_base(data, base, base_run, stage1, place)
     model = Preferring(load_recommender(first, data), data, s, seed)
-    params = dict(base=base, base_hash=first.path.name[-8:], **loop, **s) | (dict(base_seed=first.info['seed']) if first.info['seed'] != seed else {})
-    facts = dict(base_run=first.path.name, base_params=first.params, notes=first.info.get('notes', []))
+    code = own_code(loss=s['loss'], strategy=s['strategy'])
+    params = dict(base=base, base_hash=first.path.name[-8:], **loop, **s, **code) | (dict(base_seed=first.info['seed']) if first.info['seed'] != seed else {})
+    facts = dict(base_run=first.path.name, base_params=first.params, notes=first.info.get('notes', []), parameters=sizes(model.policy))
     with recorded('rodpo', data, params, place, 'mmrec_wb.training.rodpo:load_model', **facts) as run:
         if run.finished: return run
         model.to(device); model.reference.to(device)
