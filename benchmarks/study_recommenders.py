@@ -1,13 +1,14 @@
-r"""SASRec, DuAF-MAT and its four ablations over seeds; the tables go to results/recommenders_<data set>_{runs,summary,tests}.csv.
+r"""SASRec, DuAF-MAT and its ablations over seeds; the tables go to results/recommenders_<data set>_{runs,summary,tests}.csv.
 
     MMREC_DATA=... python benchmarks/study_recommenders.py --dataset toys1k --source raw
     python benchmarks/study_recommenders.py --dataset toys --source planted --planted-seed 1           # tuned on generator seed 0
     MMREC_DATA=... python benchmarks/study_recommenders.py --dataset toys --source raw --arms sasrec   # SASRec on all of Toys
-    MMREC_DATA=... python benchmarks/study_recommenders.py --dataset toys --source raw --arms duaf_mat --seeds 0 --name recommenders_toys_duaf
-    MMREC_DATA=... python benchmarks/study_recommenders.py --dataset ml-100k --source raw
+    MMREC_DATA=... python benchmarks/study_recommenders.py --dataset toys --source raw --arms sasrec duaf_mat --seeds 0 --name recommenders_toys_duaf
+    MMREC_DATA=... python benchmarks/study_recommenders.py --dataset ml-100k --source raw --arms sasrec duaf_mat
 
 Settings: what tune_recommenders.py chose on valid targets (results/tune_recommenders_<data set>.csv; where there is none, the defaults); an ablation runs
-with DuAF-MAT's. Every run is recorded, in a process of its own; a stopped study goes on where it stopped, a failed run does not stop the others, and tables
+with DuAF-MAT's. The four ablations take one part out; `features only` takes out all four: id, words and picture weighed alike, nothing generated, no contrast.
+Every run is recorded, in a process of its own; a stopped study goes on where it stopped, a failed run does not stop the others, and tables
 are written when all runs are there. An arm that would be DuAF-MAT itself on these data (no pictures: -MAT-MoE and -CSCL; no item without one: -MAT-MoE) is
 not run; its row in `_summary` says why. `_runs` has a row a run, `_summary` mean and sd over seeds, popularity and (planted) the oracle beside; an owned item
 has no chance with the oracle, so its figure is the same masked or not. `_tests`: users' NDCG@10 averaged over seeds, Wilcoxon signed-rank, Holm over the arms
@@ -21,7 +22,8 @@ from mmrec_wb.training.significance import compare
 from tune_recommenders import best, run, title
 
 ABLATIONS = {'-DuAF': 'duaf', '-MAT-MoE': 'mat_moe', '-CSCL': 'cscl', '-VSCL': 'vscl'}
-ARMS = dict(sasrec=dict(model='sasrec'), duaf_mat=dict(model='duaf_mat'), **{k: dict(model='duaf_mat', ablation=v) for k, v in ABLATIONS.items()})
+ARMS = dict(sasrec=dict(model='sasrec'), duaf_mat=dict(model='duaf_mat'), **{k: dict(model='duaf_mat', ablation=v) for k, v in ABLATIONS.items()},
+            **{'features only': dict(model='duaf_mat', fusion='mean', visual_fill='none', lambda_1=0., lambda_2=0.)})
 METRICS = ('NDCG@10', 'NDCG@5', 'MRR@10', 'HR@10'); COLUMNS = [m + h for h in ('', ' masked') for m in METRICS]
 
 def left_out(arm, pictures): # pictures: of `run`
@@ -69,6 +71,19 @@ def tested(table, folder):
             said = {'dataset': table['dataset'][0], 'baseline': base, 'history masked': masked}
             parts.append(compare(ranks, base, 'NDCG@10').select(*(pl.lit(v).alias(k) for k, v in said.items()), pl.all()))
     return pl.concat(parts).with_columns(commit=pl.lit(table['commit'][0]), versions=pl.lit(table['versions'][0])) if parts else None
+
+def readme_rows(
+    summaries: list # frames of results/recommenders_*_summary.csv, of one data set
+) -> list: # two lines
+    "The README's lines for a data set: NDCG@10, mean ± sd over seeds, history not masked and masked."
+    rows = sorted((r for s in summaries for r in s.to_dicts()), key=lambda r: r['seeds'] or 0); m = {r['arm']: r for r in rows}   # most seeds last
+    def cell(arm, column):
+        r = m.get(arm)
+        if r is None or r[column] is None: return '–'
+        spread = r.get(f'{column} sd'); one = ' (1 seed)' if r['seeds'] == 1 else ''
+        return f'{r[column]:.4f}' + (f' ± {spread:.4f}' if spread is not None else one)
+    return ['| ' + ' | '.join([rows[0]['dataset'] + said, *(cell(a, f'NDCG@10{said and " masked"}') for a in (*ARMS, 'popularity', 'oracle'))]) + ' |'
+            for said in ('', ', masked')]
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,6 +6,7 @@ r"""Settings of SASRec and of DuAF-MAT: six trials each, one seed, judged by NDC
 
 Both learning rates of the paper's grid that lie around the usual one, times three settings that were named before any trial was run: for SASRec dropout .5
 (default), .3 and .2; for DuAF-MAT the defaults, dropout .3, and temperature 1.0 (the upper end of the paper's grid: there the contrastive terms pull least).
+On ml-100k, where an epoch of DuAF-MAT costs 17 CPU s, both models have two trials only, the learning rates, with the defaults.
 All else is at its default; lambda_1 = lambda_2 = .2, the lower end of the paper's grid. Patience 10, at most 200 epochs, for all. A stopped search goes on
 where it stopped: each trial is a recorded run in a process of its own. Its ablations run with what is chosen for DuAF-MAT.
 """
@@ -16,7 +17,9 @@ from mmrec_wb.core.paths import atomic_write, project_root
 
 TRIALS = [dict(model='sasrec', lr=lr, dropout=p) for lr, p in product((1e-3, 3e-3), (.5, .3, .2))] + \
          [dict(model='duaf_mat', lr=lr, dropout=p, tau=t) for lr, (p, t) in product((1e-3, 3e-3), ((.5, .2), (.3, .2), (.5, 1.)))]
+FEW = [t for t in TRIALS if t['dropout'] == .5 and t.get('tau') != 1.]
 
+def trials(dataset): return FEW if dataset == 'ml-100k' else TRIALS
 def title(dataset, source, planted_seed=0): return f'{dataset} (planted, generator seed {planted_seed})' if source == 'planted' else dataset
 def tuned_file(dataset, source): return project_root()/'results'/f'tune_recommenders_{dataset}{"_planted" if source == "planted" else ""}.csv'
 
@@ -53,14 +56,14 @@ def tune(dataset, source, out_dir, models=('sasrec', 'duaf_mat')):
     "All trials; the table is written when it is complete."
     from mmrec_wb.core.record import load_run
     rows = []
-    for trial in (t for t in TRIALS if t['model'] in models):
+    for trial in (t for t in trials(dataset) if t['model'] in models):
         done = run(dataset=dataset, source=source, planted_seed=0, out_dir=out_dir, seed=0, **trial)
         if done is None: continue
         valid = load_run(project_root()/out_dir/done['run']).frame('metrics').filter(split='valid', name='NDCG@10/model')['value'].item()
         rows.append(dict(dataset=title(dataset, source), seed=0, **{k: trial.get(k) for k in ('model', 'lr', 'dropout', 'tau')}, **{'valid NDCG@10': valid},
                          **{k: v for k, v in done.items() if k not in ('pictures', 'wall_seconds', 'peak_memory_mb')}))
         print(f'   valid NDCG@10 {valid:.4f} at epoch {done["best_epoch"]} of {done["epochs_run"]}, {done["cpu_seconds"]:.0f} CPU s', flush=True)
-    if len(rows) < len(TRIALS): print(f'{len(rows)} of {len(TRIALS)} trials are done; no table is written'); return
+    if len(rows) < (n := len(trials(dataset))): print(f'{len(rows)} of {n} trials are done; no table is written'); return
     table = pl.DataFrame(rows, infer_schema_length=None)
     atomic_write(tuned_file(dataset, source), lambda tmp: table.write_csv(tmp, float_precision=5)); print(best(dataset, source))
 

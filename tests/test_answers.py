@@ -276,7 +276,7 @@ def test_twenty_steps(folders, data, tmp_path, noise, noise_on, name='qwen'):
         model, processor = load_backbone(str(folders/name))
         args = trainer_args(DPOConfig, tmp_path/str(packed), 100, per_device_train_batch_size=2, max_steps=20, learning_rate=1e-3, seed=0, report_to='none')
         trainer = PreferenceTrainer(model, args=args, train_dataset=as_dataset(rows), processing_class=processor,
-            data_collator=Collator(data, processor, 'all'), peft_config=lora_config(dropout=0.), loss='hanorec', adaptive=True, noise=noise, noise_on=noise_on)
+            data_collator=Collator(data, processor, 'all'), peft_config=lora_config(dropout=0.), loss='hanorec', noise=noise, noise_on=noise_on)
         assert trainer.packed; trainer.packed = packed; trainer.train()
         curves[packed] = np.array([l['loss'] for l in trainer.state.log_history if 'loss' in l])
     print(name, noise, noise_on, np.abs(curves[True]/curves[False] - 1).max(), curves[True][[0, -1]])

@@ -249,7 +249,7 @@ def test_every_parameter_of_the_notebook_refuses_another_type():
                 guard({'__annotations__': declared, **{n: namespace[n] for n in declared}, name: bad})
             assert one_line(e) and 'is needed' in str(e.value)
 
-@pytest.mark.parametrize('name, value', [('lr', -1.), ('lr', float('inf')), ('beta', float('inf')), ('beta', 0), ('batch_size', 0), ('max_users', -5),
+@pytest.mark.parametrize('name, value', [('lr', -1.), ('lr', float('inf')), ('beta', float('inf')), ('beta', -1.), ('batch_size', 0), ('max_users', -5),
                                          ('lora_dropout', 1.), ('source', 'raww'), ('device', 'tpu'), ('seed', '0'), ('noise', -.1),
                                          ('neighbours', 0), ('hard_temp', 0.), ('history', 1), ('dataset', 'toyz'), ('loss', 'dpoo'), ('epoch', 3),
                                          ('resume', 1), ('report_to', 'mlfloww'), ('backbone', '/nonexistent')])

@@ -198,7 +198,7 @@ def test_the_trainer_gets_the_same_losses(folders, data, cache, tmp_path, loss, 
         args = trainer_args(DPOConfig, tmp_path/str(known), 100, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2,
                             learning_rate=1e-3, report_to='none', seed=0)
         trainer = PreferenceTrainer(model, args=args, train_dataset=as_dataset(given if known else rows), processing_class=processor, data_collator=collate,
-            peft_config=lora_config(dropout=0.), loss=loss, beta=.1, adaptive=loss == 'hanorec', eta_over=eta_over, noise=noise)
+            peft_config=lora_config(dropout=0.), loss=loss, beta=.1, eta_over=eta_over, noise=noise)
         asked = []; trainer.log_probs = (lambda real: lambda *a: asked.append(1) or real(*a))(trainer.log_probs)
         quiet(trainer).train(); return [l['loss'] for l in trainer.state.log_history if 'loss' in l], len(asked)
     (a, n), (b, m) = losses(False), losses(True)

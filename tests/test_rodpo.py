@@ -192,7 +192,8 @@ def test_code_of_ones_own_is_part_of_the_run(data, tmp_path, monkeypatch):
     import importlib, sys
     monkeypatch.syspath_prepend(str(tmp_path)); file = tmp_path/'mine.py'; runs = []
     for gamma in ('gamma', '2*gamma'):
-        file.write_text(f'import mmrec_wb.preference.losses as l\ndef mine(policy, reference, *, beta, gamma): return l.simpo(policy, reference, beta=beta, gamma={gamma})\n')
+        file.write_text('import mmrec_wb.preference.losses as l\n'
+                        f'def mine(policy, reference, *, beta, gamma): return l.simpo(policy, reference, beta=beta, gamma={gamma})\n')
         sys.modules.pop('mine', None); importlib.invalidate_caches()
         runs.append(train_rodpo(data, loss='mine:mine', gamma=.5, beta=1., out_dir=tmp_path/'runs', **SMALL))
     assert runs[0].path != runs[1].path and runs[0].params['gamma'] == .5

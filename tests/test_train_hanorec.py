@@ -129,7 +129,7 @@ def test_defaults_are_the_notebooks():
     shown = {k: parameter(v['default'].strip("'")) for k, v in inspect_notebook(str(ROOT/'nbs'/'train_hanorec.ipynb')).items()}
     assert {k: shown.get(k) for k in DEFAULTS if k != 'notebook'} == {k: v for k, v in DEFAULTS.items() if k != 'notebook'}
 
-HANOREC = dict(loss='hanorec', adaptive=True)
+HANOREC = dict(loss='hanorec')
 
 @pytest.mark.parametrize('task, K, how', [('yes_no', 1, dict(loss='dpo')), ('yes_no', 1, dict(noise=.05, **HANOREC)), ('pick_one', 3, dict(loss='dpo')),
                                           ('yes_no', 1, dict(noise=.05, eta_over='step', **HANOREC)), ('top3', 4, dict(noise=.02, **HANOREC))])

@@ -38,7 +38,7 @@ def guard(
     "The notebook's parameters, checked. Names that begin with PAPERMILL_ pass."
     declared = namespace.get('__annotations__', {})
     for name, value in namespace.items():
-        if _plain(value) and name not in declared and not name.startswith(('_', 'PAPERMILL_')) and name not in ('In', 'Out'): raise unknown('parameter', name, declared)
+        if _plain(value) and name not in {*declared, 'In', 'Out'} and not name.startswith(('_', 'PAPERMILL_')): raise unknown('parameter', name, declared)
     for name, kind in declared.items():
         value = namespace[name]
         need = 'a finite number' if kind is float else getattr(kind, '__name__', kind)

@@ -16,25 +16,25 @@ from .tasks import ANSWERS, shown_title
 # %% ../../nbs/mllm/prompts.ipynb #a41e731b
 def _has_picture(data, item): return data.catalogue['image'][item] is not None and item not in data.image_problems
 
-def _item(data, item):
+def _item(data, item, blind=False):
     "Picture (or the lack of it) and title."
-    picture = [dict(type='image')] if _has_picture(data, item) else [dict(type='text', text='no picture')]
+    picture = [dict(type='image')] if _has_picture(data, item) and not blind else [dict(type='text', text='no picture')]
     return [*picture, dict(type='text', text=f" {shown_title(data, item) or 'no title'}\n")]
 
 def prompt(
     data: Dataset,
-    example: dict # a row of `tasks.examples`
+    example: dict # a row of `tasks.examples`; `blind=True` in it: as if no item had a picture
 ) -> tuple: # messages, ids of the items whose pictures they show, in order
     "The question of one example: about its `candidates` if it has any, else yes or no."
-    content = [dict(type='text', text='Items that a person took, oldest first:\n')]
-    for n, i in enumerate(example['history'], 1): content += [dict(type='text', text=f'{n}. '), *_item(data, i)]
+    content, blind = [dict(type='text', text='Items that a person took, oldest first:\n')], example.get('blind', False)
+    for n, i in enumerate(example['history'], 1): content += [dict(type='text', text=f'{n}. '), *_item(data, i, blind)]
     if not example.get('candidates'):
-        content += [dict(type='text', text='Will this person take this item next? Answer Yes or No.\n'), *_item(data, example['target'])]
+        content += [dict(type='text', text='Will this person take this item next? Answer Yes or No.\n'), *_item(data, example['target'], blind)]
     else:
         ask = 'Which of these items will this person take next? Answer with its title.' if len(example['positive']) == 1 else \
             'Which three of these items will this person take next? Answer with their titles, one a line, the latest first.'
         content += [dict(type='text', text='\n'.join([ask, *(shown_title(data, i) for i in example['candidates'])]) + '\n')]
-    shown = [i for i in [*example['history'], *([] if example.get('candidates') else [example['target']])] if _has_picture(data, i)]
+    shown = [i for i in [*example['history'], *([] if example.get('candidates') else [example['target']])] if _has_picture(data, i) and not blind]
     return [dict(role='user', content=_joined(content))], shown
 
 
@@ -49,7 +49,7 @@ def _joined(content):
 # %% ../../nbs/mllm/prompts.ipynb #83ff85ed
 TOKENWISE = ('input_ids', 'token_type_ids', 'mm_token_type_ids') # what processors give token by token
 NOTHING = -100                                                   # no token, in answers of different lengths
-NUMBERS = ('weight', 'reference')                                # of an example: its weight; the reference's log-probability of each answer
+NUMBERS = ('weight', 'reference', 'oracle_gap')                  # of an example: of its pairs; the reference's log-probability of each answer; of its pairs
 
 def side_by_side(
     answers: list # [B][1+K] lists of token ids; 1+K is the same for all
@@ -66,9 +66,10 @@ class Collator:
     def __init__(self,
         data: Dataset,
         processor,      # of the backbone
-        answers: str    # 'right' (SFT), 'pair' (right, then wrong: TRL's rows), 'all' (every prompt once, its answers beside it: preference), 'none' (scoring)
+        answers: str,   # 'right' (SFT), 'pair' (right, then wrong: TRL's rows), 'all' (every prompt once, its answers beside it: preference), 'none' (scoring)
+        blind: bool=False # of 'all': a second batch in it, `blind`, of the prompts without their pictures and the right answers (mDPO)
     ):
-        self.data, self.processor, self.answers, self._pictures = data, processor, answers, {}
+        self.data, self.processor, self.answers, self.blind, self._pictures = data, processor, answers, blind, {}
         question, word, tokenizer = [dict(role='user', content=[dict(type='text', text='?')])], ANSWERS[1], processor.tokenizer
         chat = lambda m, **k: processor.apply_chat_template(m, tokenize=False, **k)
         opening = chat(question, add_generation_prompt=True)
@@ -155,7 +156,9 @@ def beside(self: Collator,
 @patch
 def __call__(self: Collator, examples: list) -> dict: # tensors [rows, tokens], pictures, and the numbers of each example
     "A padded batch; rows are the examples, or chosen and rejected of them."
-    if self.answers == 'all': return self.beside(examples, [[self.tail(a) for a in answers_of(e)] for e in examples]) | _numbers(examples)
+    if self.answers == 'all':
+        out = self.beside(examples, [[self.tail(a) for a in answers_of(e)] for e in examples]) | _numbers(examples)
+        return out | (dict(blind=self.beside([e | dict(blind=True) for e in examples], [[self.tail(e['chosen'])] for e in examples])) if self.blind else {})
     answers = dict(right=1, pair=2, none=0)[self.answers]
     out = self.batch(examples, [[self.tail(answers_of(e)[k]) for e in examples] for k in range(answers)] or [[[]]*len(examples)])
     if self.answers == 'right': out['labels'] = out['input_ids'].masked_fill(out.pop('completion_mask') == 0, -100)

@@ -41,6 +41,19 @@ def _before(u, items, times, k, history):
     lo = max(0, k - history)
     return dict(user=u, history=items[lo:k].tolist(), times=times[lo:k].tolist(), when=int(times[k]))
 
+# %% ../../nbs/mllm/tasks.ipynb #792fdc5a
+def _drawer(g, n_items, counts):
+    "A function that draws an item: uniformly, or in proportion to counts [n_items+1]."
+    if counts is None: return lambda: int(g.integers(1, n_items + 1))
+    cdf = np.cumsum(counts)/np.sum(counts)
+    return lambda: int(np.searchsorted(cdf, g.random(), side='right'))
+
+def _first(draw, seen, name):
+    "An item that is not among `seen`."
+    for _ in range(100_000):
+        if (i := draw()) not in seen: return i
+    raise WorkbenchError(f'{name}: a user has taken every item that has a count, so there is no negative; use strategy=uniform, or more items')
+
 # %% ../../nbs/mllm/tasks.ipynb #f93bbe5d
 def yes_no_examples(
     data: Dataset,
@@ -48,12 +61,13 @@ def yes_no_examples(
     seed: int,          # draws labels and negatives
     history: int=5,     # items shown
     per_user: int=5,    # train: at most so many positions of a user, the most recent
-    min_history: int=2  # positions with fewer items before them are skipped
+    min_history: int=2, # positions with fewer items before them are skipped
+    counts=None         # [n_items+1]: negatives in proportion to them; None: uniform
 ) -> pl.DataFrame: # user, history and times (lists, oldest first), when, target, chosen, rejected, positive, negative, label
     "The examples of one split. `target` is the positive item where `label` is 1, else the negative one."
-    g, rows = rng(seed, 'yes/no', split), []
+    g, rows = rng(seed, 'yes/no', split), []; draw = _drawer(g, data.n_items, counts)
     for u, items, times, k, seen in positions(data, split, per_user, min_history):
-        negative = next(i for i in iter(lambda: int(g.integers(1, data.n_items + 1)), None) if i not in seen)
+        negative = _first(draw, seen, data.title)
         label, positive = int(g.random() < .5), int(items[k])
         rows.append(_before(u, items, times, k, history) | dict(target=positive if label else negative, chosen=ANSWERS[label],
             rejected=[ANSWERS[1 - label]], positive=[positive], negative=[negative], label=label))
@@ -66,21 +80,21 @@ def yes_no_examples(
 def folded(title: str) -> str: # for comparing
     return ' '.join(title.split()).casefold()
 
-def _negatives(g, n, seen, shown, titles, name):
-    "n items in random order, uniform over those that are not seen and have a title of their own."
+def _negatives(draw, n, seen, shown, titles, name):
+    "n items in random order, of those that are not seen and have a title of their own."
     out, taken = [], set(shown)
-    for i in (int(g.integers(1, len(titles))) for _ in range(1000*n)):
+    for i in (draw() for _ in range(1000*n)):
         if i in seen or titles[i] in taken: continue
         out.append(i); taken.add(titles[i])
         if len(out) == n: return out
     raise WorkbenchError(f'{name}: too few unseen items with titles of their own for {n} negatives; use more items or fewer candidates')
 
-def _drawn(data, g, before, true, n, seen, titles):
+def _drawn(data, g, draw, before, true, n, seen, titles):
     "n negatives for the true items, and all candidates in the order shown; or why there is no such example."
     named = [titles[i] for i in true]
     if '' in named: return None, 'a true item without a title'
     if len(set(named)) < len(named): return None, 'true items with the same title'
-    negatives = _negatives(g, n, seen, {'', *named, *(titles[i] for i in before['history'])}, titles, data.title)
+    negatives = _negatives(draw, n, seen, {'', *named, *(titles[i] for i in before['history'])}, titles, data.title)
     return negatives, [int(i) for i in g.permutation([*true, *negatives])]
 
 def _row(data, before, right, wrong, candidates):
@@ -88,23 +102,24 @@ def _row(data, before, right, wrong, candidates):
     return before | dict(target=right[0], chosen=text(right), rejected=[text(w) for w in wrong], positive=right, negative=sum(wrong, []), candidates=candidates)
 
 # %% ../../nbs/mllm/tasks.ipynb #58c1b675
-def _pick_one(data, split, seed, history, per_user, candidates, negatives, left_out):
-    g, titles = rng(seed, 'pick_one', split), [folded(t or '') for t in data.catalogue['title']]
+def _pick_one(data, split, seed, history, per_user, candidates, negatives, left_out, counts):
+    g, titles = rng(seed, 'pick_one', split), [folded(t or '') for t in data.catalogue['title']]; draw = _drawer(g, data.n_items, counts)
     for u, items, times, k, seen in positions(data, split, per_user, 2):
         before, true = _before(u, items, times, k, history), [int(items[k])]
-        wrong, shown = _drawn(data, g, before, true, candidates - 1, seen, titles)
+        wrong, shown = _drawn(data, g, draw, before, true, candidates - 1, seen, titles)
         if wrong is None: left_out[shown] += 1
         else: yield _row(data, before, true, [[i] for i in wrong[:negatives]], shown)
 
-def _top3(data, split, seed, history, per_user, candidates, negatives, left_out):
+def _top3(data, split, seed, history, per_user, candidates, negatives, left_out, counts):
     more = rng(seed, 'top3', 'rejected', split)
     g, titles, lengths = rng(seed, 'top3', split), [folded(t or '') for t in data.catalogue['title']], np.diff(data.offsets)
+    draw = _drawer(g, data.n_items, counts)
     users = rng(0, 'top3', 'users').permutation(np.flatnonzero(lengths >= 6))       # the same for every seed
     n, left_out['fewer than six items'] = len(users), int((lengths < 6).sum())
     for u in np.sort(users[dict(train=slice(0, n*8//10), valid=slice(n*8//10, n*9//10), test=slice(n*9//10, n))[split]]).tolist():
         items, times = data.sequence(u)
         before, true = _before(u, items, times, len(items) - 3, min(history, 3)), items[:-4:-1].tolist()
-        wrong, shown = _drawn(data, g, before, true, 4, set(items.tolist()), titles)
+        wrong, shown = _drawn(data, g, draw, before, true, 4, set(items.tolist()), titles)
         if wrong is None: left_out[shown] += 1; continue
         others = [list(p) for p in permutations(wrong, 3)][1:]                           # 24 answers of three in order; the first is the authors'
         yield _row(data, before, true, [wrong[:3], *(others[i] for i in more.permutation(23)[:negatives - 1])], shown)
@@ -126,16 +141,17 @@ def examples(
     per_user: int=5,   # train, not top3: at most so many positions of a user, the most recent
     candidates: int=10,# pick_one: titles to choose from
     negatives: int=1,  # K, rejected answers of an example: yes_no 1, top3 at most 24, pick_one at most candidates - 1
-    left_out: Counter|None=None # if given, counts what was left out, by reason (lists only)
+    left_out: Counter|None=None, # if given, counts what was left out, by reason (lists only)
+    counts=None        # [n_items+1]: negatives are drawn in proportion to them; None: uniformly
 ) -> pl.DataFrame: # user, history and times (oldest first), when, target, chosen, rejected, positive, negative; label (yes_no) or candidates (lists)
     """The examples of one task and split. `target` is the item in question (yes_no), the true one (pick_one), the most recent true one (top3);
     `when` is the time of the first item asked for."""
     if split not in ('train', 'valid', 'test'): raise unknown('split', split, ('train', 'valid', 'test'))
     if candidates < 2: raise WorkbenchError(f'candidates={candidates}: there must be at least 2 to choose from')
     check_negatives(task, negatives, candidates)
-    if task == 'yes_no': return yes_no_examples(data, split, seed, history, per_user)
+    if task == 'yes_no': return yes_no_examples(data, split, seed, history, per_user, counts=counts)
     left_out = Counter() if left_out is None else left_out
-    rows = list((_top3 if task == 'top3' else _pick_one)(data, split, seed, history, per_user, candidates, negatives, left_out))
+    rows = list((_top3 if task == 'top3' else _pick_one)(data, split, seed, history, per_user, candidates, negatives, left_out, counts))
     why = '; '.join(f'{k}: {v}' for k, v in left_out.items() if v) or 'too few users, or too short sequences'
     if not rows: raise WorkbenchError(f'{data.title}: the {split} split has no {task} example ({why}); use more users or longer sequences (min_length)')
     return pl.DataFrame(rows, schema={c: SCHEMA[c] for c in SCHEMA if c != 'label'})

@@ -180,6 +180,7 @@ def draw(self: Preferring, h, batch, y, seen): # h [n, d], y [n], seen [n, H] ->
     found = [sample(self.policy.scores(a), b, c, s['negatives'], self.strategy, **how)[0] for a, b, c in zip(h.split(n), y.split(n), seen.split(n))]
     self.policy.train(was); return torch.cat(found)
 
+# %% ../../nbs/training/rodpo.ipynb #b3232148
 @patch
 @torch.no_grad()
 def keep_pools(self: Preferring):
@@ -304,6 +305,7 @@ def trained_base(data, base, base_run, stage1, place) -> Run:
         raise WorkbenchError(f'base_run={base_run} is a run of {run.info["method"]}, no recommender: name one of train_baseline or train_duaf_mat')
     return run
 
+# %% ../../nbs/training/rodpo.ipynb #86301e16
 def train_rodpo(
     data,
     base: str='sasrec', # as in `get_model`
