@@ -39,10 +39,12 @@ def labels(
     for method in dict.fromkeys(a['method'] for a in arms.values()):
         own = {k: a['params'] for k, a in arms.items() if a['method'] == method}
         names = list(dict.fromkeys(n for p in own.values() for n in p))
-        vary = [n for n in names if len({json.dumps(p.get(n), sort_keys=True, default=str) for p in own.values()}) > 1]
+        values = {n: {json.dumps(p.get(n), sort_keys=True, default=str) for p in own.values()} for n in names}
+        vary = [n for n in names if len(values[n]) > 1]; few = [n for n in vary if len(values[n] - {'null'}) > 1]  # few: more than there or not
         say = lambda p, which: ' '.join([method, *[f'{n}={_said(p.get(n))[:32]}' for n in which]])
-        short = {k: say(p, [n for n in vary if p.get(n) is not None and not isinstance(p[n], dict)]) for k, p in own.items()}
-        if len(set(short.values())) < len(own): short = {k: say(p, vary) for k, p in own.items()}
+        plain = lambda p, which: [n for n in which if p.get(n) is not None and not isinstance(p[n], dict)]
+        for which in (lambda p: plain(p, few), lambda p: plain(p, vary), lambda p: vary):
+            if len(set((short := {k: say(p, which(p)) for k, p in own.items()}).values())) == len(own): break
         twice = {label for label in short.values() if list(short.values()).count(label) > 1}
         out |= {k: f'{label} #{k}' if label in twice else label for k, label in short.items()}
     return out
