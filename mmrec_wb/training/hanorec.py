@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, polars as pl, torch
 from ..core.errors import WorkbenchError, unknown
 from ..core.processes import processes, together
-from ..core.record import Run, open_run
+from ..core.record import Run, open_run, own_code
 from ..core.seeds import rng
 from ..data import card
 from ..data.encoders import ENCODERS
@@ -330,8 +330,8 @@ def train_preference(
     "Stage 2: a new LoRA on the frozen result of SFT, trained with a preference loss. A finished run of the same settings is reloaded."
     s = settled(settings); check_pictures(data, s)
     train, test = questions(data, 'train', s, negatives=s['negatives'], strategy=s['strategy']), questions(data, 'test', s)
-    params = dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS}, **{k: s[k] for k in SOMETIMES if s[k] is not None},
-                  vectors=vectors_digest(data.features) if s['hardness_from'] == 'encoders' else None)
+    said = {k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS} | {k: s[k] for k in SOMETIMES if s[k] is not None} | own_code(loss=s['loss'])
+    params = dict(sft=sft.path.name, **said, vectors=vectors_digest(data.features) if s['hardness_from'] == 'encoders' else None)
     with _open(s['loss'].replace(':', '.'), data, s, params) as run:
         if run.finished: return run
         from trl import DPOConfig
