@@ -130,13 +130,15 @@ def test_contrastive_inputs_know_no_target(data, monkeypatch):
     # image vectors hold fresh noise where they are generated: compare the words' states
     torch.testing.assert_close(seen['cscl'][0][0], before['cscl'][0][0])
 
-def test_padding_changes_no_score(data):
-    m, [b] = model(data).eval(), eval_batches(data, 'test', 20)
+def padding_changes_no_score(m, data):
+    m.eval(); [b] = eval_batches(data, 'test', 20)
     with torch.no_grad():
         together = m.scores(m.user_state(b))
         for i in range(0, len(b), 9):
             n = b.lengths[i]; alone = b.map(lambda x: x[i:i + 1] if x.ndim == 1 else x[i:i + 1, :n])
             torch.testing.assert_close(m.scores(m.user_state(alone))[0], together[i], rtol=1e-4, atol=1e-5)
+
+def test_padding_changes_no_score(data): padding_changes_no_score(model(data), data)
 
 # ---- generation ----
 def test_evaluation_is_deterministic_and_the_same_for_any_candidates(data):

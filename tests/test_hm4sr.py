@@ -17,6 +17,7 @@ from mmrec_wb.models.sasrec import SASRec
 from mmrec_wb.training.fit import fit, optimisers
 from mmrec_wb.training.ranking import rank_all
 from mmrec_wb.training.recommender import load_model, train_recommender
+from test_duaf_mat import padding_changes_no_score
 
 ROOT = project_root()
 TINY = dict(d=16, inner=32, max_len=20)
@@ -93,13 +94,7 @@ def test_a_later_item_or_time_moves_nothing_before_it(data, how):
                 torch.testing.assert_close(m.states(changed)[:, :t], m.states(b)[:, :t], rtol=1e-5, atol=1e-6)
             moved = (m.states(replace(b, times=times)) - m.states(b))[:, t].abs().max(); assert moved > 1e-4 if m.when is not None else moved == 0
 
-def test_padding_changes_no_score(data):
-    m, [b] = model(data).eval(), eval_batches(data, 'test', 20)
-    with torch.no_grad():
-        together = m.scores(m.user_state(b))
-        for i in range(0, len(b), 9):
-            n = b.lengths[i]; alone = b.map(lambda x: x[i:i + 1] if x.ndim == 1 else x[i:i + 1, :n])
-            torch.testing.assert_close(m.scores(m.user_state(alone))[0], together[i], rtol=1e-4, atol=1e-5)
+def test_padding_changes_no_score(data): padding_changes_no_score(model(data), data)
 
 def test_gaps_of_the_test_part_are_unknown_to_the_table(data):
     train = max(int(np.diff(data.train.history(u)[1]).max(initial=0)) for u in range(data.n_users))

@@ -115,6 +115,29 @@ def test_the_probe_says_what_it_drew(data):
             assert row['mass'] == pytest.approx(.5*.5/2, rel=1e-4), 'beta sigma(0), shared by two pairs'
 
 # ---- runs ----
+def test_a_run_that_was_killed_after_its_last_epoch_is_only_finished(data, tmp_path, monkeypatch):
+    "Nothing is trained any more, and all frames are there."
+    import mmrec_wb.training.rodpo as rodpo
+    straight = train_rodpo(data, out_dir=tmp_path/'a', **SMALL); kept = rodpo.write_ranks
+    def killed(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(rodpo, 'write_ranks', killed)
+    with pytest.raises(KeyboardInterrupt): train_rodpo(data, out_dir=tmp_path/'b', **SMALL)
+    monkeypatch.setattr(rodpo, 'write_ranks', kept); resumed = train_rodpo(data, out_dir=tmp_path/'b', **SMALL)
+    assert resumed.finished and all(straight.frame(f).equals(resumed.frame(f)) for f in ('ranks', 'explain/negatives', 'explain/drift'))
+
+def test_hanorec_weighs_pairs_by_their_neighbourhoods(data):
+    "The weights are those of preference.hardness, and so is the loss."
+    from dataclasses import replace
+    from mmrec_wb.data.features import add_features
+    from mmrec_wb.preference import hardness
+    full = replace(data, features={}); add_features(full, progress=False); m, b = model(full, loss='hanorec', negatives=2), batch(full)
+    y = b.targets[b.targets > 0]; items = torch.stack([y, y % 100 + 1, (y + 6) % 100 + 1], 1); policy, reference = torch.randn(2, *items.shape)
+    v = hardness.item_vectors(full.features); d = hardness.delta(v, items[:, :1].expand(-1, 2).flatten().numpy(), items[:, 1:].flatten().numpy(), 10, .05)
+    w = torch.from_numpy(hardness.weight(d)).view(-1, 2).float()
+    beta = hardness.adaptive_beta((policy - reference)[:, :1] - (policy - reference)[:, 1:], w, .1)
+    torch.testing.assert_close(m.each(policy, reference, items)[0], LOSSES['hanorec'](policy, reference, beta=beta), rtol=1e-4, atol=1e-6)
+    m.loss(b)['loss'].backward()
+
 TRAIN = '''
 import sys
 from mmrec_wb.data import load_dataset

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE2', 'PREFERENCE', 'USED_BY', 'KEPT', 'PROBE', 'settled', 'seen_before', 'Preferring', 'random_state',
-           'random_state_of', 'rows_of', 'log_partition', 'probe_batches', 'hidden_likes', 'later_items',
+           'random_state_of', 'rows_of', 'log_partition', 'places', 'probe_batches', 'hidden_likes', 'later_items',
            'known_settings', 'trained_base', 'train_rodpo', 'load_model']
 
 # %% ../../nbs/training/rodpo.ipynb #c0dd6476
@@ -21,7 +21,7 @@ from ..data.batches import Batches, train_batches, train_windows
 from ..models import get_model
 from ..models.base import CHUNK, Recommender
 from ..preference.adaptive import DEFAULTS, Extras
-from ..preference.hardness import item_vectors, neighbour_scores
+from ..preference.hardness import item_vectors, neighbour_scores, weight
 from ..preference.losses import DIFFERENCES_ONLY, get_loss
 from ..preference.negatives import NEEDS_SCORES, get_strategy, pool_of, sample
 from .fit import check_tracker, fit
@@ -144,7 +144,7 @@ def each(self: Preferring, policy, reference, items): # -> the loss of each exam
     context['oracle_gap'] = reference[:, :1] - reference[:, 1:]                                           # rosepo: how sure the reference is
     if self.s['loss'] == 'hanorec':                                                                       # Eq. 5 and 6, the mean over the batch
         p = self.near[items.cpu() - 1]; delta = (p[:, :1] - p[:, 1:]).norm(dim=-1)
-        context['weight'] = (delta.sigmoid()/delta.mean().sigmoid()).to(policy)
+        context['weight'] = torch.from_numpy(weight(delta.numpy())).to(policy)
     how = self.extras(policy, reference, **context); each = self.pair_loss(policy, reference, **how)
     with torch.no_grad():
         r = how['beta']*(policy - reference) if not torch.is_tensor(how['beta']) else self.s['beta']*(policy - reference); margin = r[:, :1] - r[:, 1:]
@@ -156,6 +156,9 @@ def how(self: Preferring, y): # the batch's targets
     "What `sample` wants to know."
     s = self.s; named = dict(pool=s['pool'], temperature=s['temperature'], window=s['window_from'] and (s['window_from'], s['window_to']))
     return {k: v for k, v in named.items() if v is not None} | dict(context=self.context | dict(in_batch=y))
+
+def places(batch): # of the targets in the data set's `items`, in the order of `targets[targets > 0]`
+    return (batch.start[:, None] + torch.arange(batch.items.shape[1], device=batch.start.device) + 1)[batch.targets > 0].cpu()
 
 @patch
 def by_scores(self: Preferring): # does drawing need all scores?
@@ -172,9 +175,8 @@ def looking(self: Preferring, y, seen, found):
 def draw(self: Preferring, h, batch, y, seen): # h [n, d], y [n], seen [n, H] -> ids [n, K]
     "Negatives for each target."
     s, how = self.s, self.how(y)
-    if self.pools is not None and self.strategy != 'uniform':
-        at = (batch.start[:, None] + torch.arange(batch.items.shape[1], device=y.device) + 1)[batch.targets > 0]
-        return sample(None, y, seen, s['negatives'], self.strategy, **how | dict(pool=self.pools[at.cpu()].long().to(y.device)))[0]
+    if self.pools is not None:
+        return sample(None, y, seen, s['negatives'], self.strategy, **how | dict(pool=self.pools[places(batch)].long().to(y.device)))[0]
     if not self.by_scores(): return sample(None, y, seen, s['negatives'], self.strategy, **how)[0]
     was = self.policy.training; self.policy.eval(); n = rows_of(self, h)                                  # eval: a model may keep its item table between chunks
     found = [sample(self.policy.scores(a), b, c, s['negatives'], self.strategy, **how)[0] for a, b, c in zip(h.split(n), y.split(n), seen.split(n))]
@@ -189,9 +191,9 @@ def keep_pools(self: Preferring):
     was = self.policy.training; self.policy.eval()
     for batch in train_batches(self.data, self.max_len, 2048, self.seed, 0):
         batch = batch.to(self.drawn.device); real = batch.targets > 0; y, seen = batch.targets[real], seen_before(self.data, batch)
-        h = self.policy.states(batch)[real]; n = rows_of(self, h); at = (batch.start[:, None] + torch.arange(batch.items.shape[1], device=y.device) + 1)[real]
+        h = self.policy.states(batch)[real]; n = rows_of(self, h)
         ids = torch.cat([pool_of(self.policy.scores(a), b, c, size) for a, b, c in zip(h.split(n), y.split(n), seen.split(n))])
-        self.pools[at.cpu()] = ids.int().cpu()
+        self.pools[places(batch)] = ids.int().cpu()
     self.policy.train(was)
 
 @patch
@@ -199,8 +201,8 @@ def before_epoch(self: Preferring, epoch, run):
     "Renew the pools, where they are kept for an epoch; look at the probe before anything is trained."
     if self.s['loss'] == 'none': return
     if epoch == 1: self.record(run, 0)
-    if self.s['pool_refresh'] == 'epoch': self.keep_pools()
     self.strategy = 'uniform' if epoch == 1 and self.s['first_epoch_random'] else self.s['strategy']
+    if self.s['pool_refresh'] == 'epoch' and self.strategy != 'uniform': self.keep_pools()
 
 @patch
 def after_epoch(self: Preferring, epoch, run): self.s['loss'] == 'none' or self.record(run, epoch)
@@ -246,11 +248,15 @@ def _look(self, batch, col, generator): # -> columns
         rank=flat(rank), mass=flat(mass), later=[i in later[k] for k, row in enumerate(ids.tolist()) for i in row])
 
 @patch
+def probed(self: Preferring): # the probe's batches, made once
+    if 'probe_at' not in self.__dict__: self.__dict__.update(probe_at=probe_batches(self.data, self.max_len, self.seed), liked=hidden_likes(self.data))
+    return self.probe_at
+
+@patch
 def probe(self: Preferring, epoch) -> pl.DataFrame:
     "Negatives as they would be drawn now."
-    if 'probe_at' not in self.__dict__: self.__dict__.update(probe_at=probe_batches(self.data, self.max_len, self.seed), liked=hidden_likes(self.data))
     g = torch.Generator(self.drawn.device).manual_seed(int(rng(self.seed, 'probe', epoch).integers(2**31))); was = self.training; self.eval()
-    frame = pl.concat([pl.DataFrame(_look(self, *part, g)) for part in self.probe_at]); self.train(was)
+    frame = pl.concat([pl.DataFrame(_look(self, *part, g)) for part in self.probed()]); self.train(was)
     key = frame['user'].to_numpy()*(self.data.n_items + 1) + frame['negative'].to_numpy()
     false = pl.lit(None, pl.Boolean) if self.liked is None else pl.Series(np.isin(key, self.liked))
     category = self.data.catalogue['category'].gather(frame['negative'])
@@ -269,7 +275,7 @@ def record(self: Preferring, run, epoch):
 def drift(self: Preferring) -> pl.DataFrame: # item, drawn, category, train_count, drift
     "Mean over probe states of log pi_theta - log pi_ref."
     total, n, log_p = 0, 0, lambda model, batch: model.scores(model.user_state(batch))[:, 1:].log_softmax(1)
-    for batch, _ in self.probe_at:
+    for batch, _ in self.probed():
         batch = batch.to(self.drawn.device); total = total + (log_p(self.policy, batch) - log_p(self.reference, batch)).sum(0); n += len(batch)
     c = self.data.catalogue; ids = np.arange(1, self.data.n_items + 1, dtype=np.int32)
     counts, drawn = np.asarray(self.data.counts())[1:], self.drawn[1:].cpu().numpy()
