@@ -25,6 +25,7 @@ ABLATIONS = {'-DuAF': 'duaf', '-MAT-MoE': 'mat_moe', '-CSCL': 'cscl', '-VSCL': '
 ARMS = dict(sasrec=dict(model='sasrec'), duaf_mat=dict(model='duaf_mat'), **{k: dict(model='duaf_mat', ablation=v) for k, v in ABLATIONS.items()},
             **{'features only': dict(model='duaf_mat', fusion='mean', visual_fill='none', lambda_1=0., lambda_2=0.)})
 METRICS = ('NDCG@10', 'NDCG@5', 'MRR@10', 'HR@10'); COLUMNS = [m + h for h in ('', ' masked') for m in METRICS]
+def arm_of(word): return '-' + word[3:] if word.startswith('no-') else word # argparse takes a leading '-' for an option
 
 def left_out(arm, pictures): # pictures: of `run`
     "Why an arm is not run on such data, or None."
@@ -89,7 +90,8 @@ if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--dataset', default='toys1k'); a.add_argument('--source', default='raw', choices=['raw', 'planted'])
     a.add_argument('--planted-seed', type=int, default=0, help='of the generator')
-    a.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2]); a.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS))
+    a.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    a.add_argument('--arms', nargs='+', type=arm_of, default=list(ARMS), choices=list(ARMS), help='an ablation is written no-DuAF')
     a.add_argument('--out-dir', default='runs/recommenders'); a.add_argument('--name', help='of the files under results/')
     args = a.parse_args(); folder = project_root()/args.out_dir
     rows, why, complete = study(args); table = pl.DataFrame(rows, infer_schema_length=None)

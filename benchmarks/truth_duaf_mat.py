@@ -21,6 +21,7 @@ from mmrec_wb.data.features import add_features
 from mmrec_wb.data.planted import Oracle
 from mmrec_wb.models.explain import attention_found, generated_vectors
 from mmrec_wb.training.recommender import load_model
+from study_recommenders import arm_of
 from tune_recommenders import best, run, title
 
 ARMS = {'dual': {}, '-CSCL': dict(ablation='cscl'), '-VSCL': dict(ablation='vscl'), 'user': dict(fusion='user'), 'static': dict(fusion='static'),
@@ -84,5 +85,5 @@ def main(args):
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--planted-seed', type=int, default=1); a.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    a.add_argument('--arms', nargs='+', default=list(ARMS), choices=list(ARMS)); a.add_argument('--out-dir', default='runs/recommenders')
+    a.add_argument('--arms', nargs='+', type=arm_of, default=list(ARMS), choices=list(ARMS)); a.add_argument('--out-dir', default='runs/recommenders')
     main(a.parse_args())
