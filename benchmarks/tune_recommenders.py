@@ -2,14 +2,13 @@ r"""Settings of SASRec and of DuAF-MAT: six trials each, one seed, judged by NDC
 
     MMREC_DATA=... python benchmarks/tune_recommenders.py --dataset toys1k --source raw       # results/tune_recommenders_toys1k.csv
     python benchmarks/tune_recommenders.py --dataset toys --source planted                    # generator seed 0; results/tune_recommenders_toys_planted.csv
-    MMREC_DATA=... python benchmarks/tune_recommenders.py --dataset ml-100k --source raw --few      # results/tune_recommenders_ml-100k.csv
+    MMREC_DATA=... python benchmarks/tune_recommenders.py --dataset ml-100k --source raw      # results/tune_recommenders_ml-100k.csv
 
 Both learning rates of the paper's grid that lie around the usual one, times three settings that were named before any trial was run: for SASRec dropout .5
 (default), .3 and .2; for DuAF-MAT the defaults, dropout .3, and temperature 1.0 (the upper end of the paper's grid: there the contrastive terms pull least).
 On ml-100k, where an epoch of DuAF-MAT costs 17 CPU s, both models have two trials only, the learning rates, with the defaults.
 All else is at its default; lambda_1 = lambda_2 = .2, the lower end of the paper's grid. Patience 10, at most 200 epochs, for all. A stopped search goes on
-where it stopped: each trial is a recorded run in a process of its own. Its ablations run with what is chosen for DuAF-MAT. `--few`: the two learning rates alone, two
-trials each (a DuAF-MAT trial on ml-100k takes half an hour).
+where it stopped: each trial is a recorded run in a process of its own. Its ablations run with what is chosen for DuAF-MAT.
 """
 import argparse, json, os, subprocess, sys
 from itertools import product
@@ -20,8 +19,7 @@ TRIALS = [dict(model='sasrec', lr=lr, dropout=p) for lr, p in product((1e-3, 3e-
          [dict(model='duaf_mat', lr=lr, dropout=p, tau=t) for lr, (p, t) in product((1e-3, 3e-3), ((.5, .2), (.3, .2), (.5, 1.)))]
 FEW = [t for t in TRIALS if t['dropout'] == .5 and t.get('tau') != 1.]
 
-def trials(dataset): return FEW if dataset == 'ml-100k' else TRIALSFEW = [t for t in TRIALS if t['dropout'] == .5 and t.get('tau') != 1.]
-
+def trials(dataset): return FEW if dataset == 'ml-100k' else TRIALS
 def title(dataset, source, planted_seed=0): return f'{dataset} (planted, generator seed {planted_seed})' if source == 'planted' else dataset
 def tuned_file(dataset, source): return project_root()/'results'/f'tune_recommenders_{dataset}{"_planted" if source == "planted" else ""}.csv'
 
@@ -54,7 +52,7 @@ def best(dataset, source) -> dict: # model -> the settings of its best trial; no
     rows = {m: table.filter(model=m).row(0, named=True) for m in table['model'].unique(maintain_order=True)}
     return {m: {k: r[k] for k in ('lr', 'dropout', 'tau') if r[k] is not None} for m, r in rows.items()}
 
-def tune(dataset, source, out_dir, models=('sasrec', 'duaf_mat'), trials=TRIALS):
+def tune(dataset, source, out_dir, models=('sasrec', 'duaf_mat')):
     "All trials; the table is written when it is complete."
     from mmrec_wb.core.record import load_run
     rows = []
@@ -74,7 +72,6 @@ if __name__ == '__main__':
     a.add_argument('--dataset', default='toys1k'); a.add_argument('--source', default='raw', choices=['raw', 'planted'])
     a.add_argument('--out-dir', default='runs/recommenders'); a.add_argument('--run', help=argparse.SUPPRESS)
     a.add_argument('--models', nargs='+', default=['sasrec', 'duaf_mat'])
-    a.add_argument('--few', action='store_true', help='two trials a model instead of six: learning rates only')
     args = a.parse_args()
     if args.run: print(json.dumps(run_here(**json.loads(args.run))))
-    else: tune(args.dataset, args.source, args.out_dir, args.models, FEW if args.few else TRIALS)
+    else: tune(args.dataset, args.source, args.out_dir, args.models)
