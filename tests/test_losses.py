@@ -35,7 +35,7 @@ def by_hand(name, policy, reference, beta, **k):
         elif name == 'ipo': y = x/k['lengths'][b].numpy(); v = ((y[0] - y[1:] - 1/(2*beta))**2).mean()
         elif name == 'simpo': y = p/k['lengths'][b].numpy(); v = nll(beta*(y[0] - y[1:]) - k['gamma']).mean()
         elif name == 'kto': v = np.mean([k['desirable']*(1 - s(beta*(x[0] - k['z']))), *k['undesirable']*(1 - s(beta*(k['z'] - x[1:])))])
-        elif name == 'sdpo': v = nll(-np.log(np.exp(-beta*D).sum()))
+        elif name in ('sdpo', 'misp'): v = nll(-np.log(np.exp(-beta*D).sum()))
         elif name == 'dmpo': v = nll(beta*x[0] - beta*x[1:].mean())
         elif name == 'mdpo':
             u = k['uncond'][0][b].item() - k['uncond'][1][b].item()
@@ -56,7 +56,8 @@ pair, many = ([[-4., -6.]], [[-5., -5.5]]), ([[-4., -6., -5., -7.]], [[-5., -5.5
 GOLDEN = [('dpo', pair, {}, .620957), ('cdpo', pair, dict(eps=.1), .635957), ('robust', pair, dict(eps=.1), .602207), ('hinge', pair, {}, .85),
     ('ipo', pair, dict(lengths=torch.tensor([[4, 6]])), 21.7778), ('ipo', pair, {}, 12.25), ('rosepo', pair, dict(eps=torch.tensor([[.1]])), .635957),
     ('simpo', pair, dict(beta=2., gamma=1., lengths=torch.tensor([[4, 6]])), 1.313262), ('kto', pair, dict(z=.2), (.480011 + .482507)/2),
-    ('sdpo', many, {}, 1.281643), ('dmpo', many, {}, .624046), ('mdpo', pair, dict(uncond=(torch.tensor([-4.5]), torch.tensor([-5.1]))), 1.938701),
+    ('sdpo', many, {}, 1.281643), ('misp', many, {}, 1.281643), ('dmpo', many, {}, .624046),
+    ('mdpo', pair, dict(uncond=(torch.tensor([-4.5]), torch.tensor([-5.1]))), 1.938701),
     ('hanorec', pair, dict(eps=.1), .635957), ('beta_dpo', pair, {}, .620957)]
 
 @pytest.mark.parametrize('name, numbers, how, value', GOLDEN)
@@ -78,6 +79,7 @@ def test_limits(seed, beta, K):
     out = Extras('beta_dpo', beta, rho=0., alpha=0.)(policy, reference); same(LOSSES['beta_dpo'](policy, reference, **out), plain, rtol=1e-5, atol=1e-6)
     same(of('dmpo', dmpo_ref_bug=True), LOSSES['simpo'](policy, reference, beta=beta, gamma=0.))          # neither has a reference
     same(of('mdpo', uncond=(policy[:, 0], reference[:, 0]), anchor=-1e9), plain + math.log(2))            # no picture seen, no anchor: DPO and a constant
+    same(of('misp'), of('sdpo'))
     if K == 1: same(of('sdpo'), plain); same(of('dmpo'), plain)
     else: assert (of('dmpo') <= plain + 1e-12).all() and (of('sdpo') >= plain - 1e-12).all()
     same(of('ipo', lengths=torch.ones(4, 1 + K)), of('ipo')); same(of('simpo', gamma=1., lengths=torch.ones(4, 1 + K)), of('simpo', gamma=1.))
@@ -205,7 +207,7 @@ def test_a_loss_of_ones_own(tmp_path, monkeypatch):
 def test_usual_settings_make_every_loss_work():
     policy, reference = batch(0)
     context = dict(lengths=torch.ones(4, 4), weight=torch.ones(4, 3), mismatched=(policy, reference),
-                   oracle_gap=torch.randn(4, 3), uncond=(policy[:, 0], reference[:, 0]))
+                   oracle_gap=torch.randn(4, 3), uncond=(policy[:, 0], reference[:, 0]), logq=-torch.ones(4, 3), pool_size=9)
     for name in LOSSES:
         e = Extras(name); out = e(policy, reference, **context)
         assert LOSSES[name](policy, reference, **out).isfinite().all() and e.beta == DEFAULTS[name]['beta'] and e.needs <= set(e.takes)

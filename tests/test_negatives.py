@@ -1,6 +1,7 @@
 "Negatives: what may be drawn, how often, with which log-probability; and how often hard ones are false."
 import copy
 import numpy as np, polars as pl, pytest, torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from scipy.stats import chisquare
 from mmrec_wb.core.errors import WorkbenchError
@@ -14,12 +15,24 @@ from mmrec_wb.preference.negatives import NEEDS_SCORES, STRATEGIES, _best, get_s
 seeds = st.integers(0, 2**31 - 1)
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 
+class Seen:
+    "What strategy sae asks for, without an autoencoder: 3-d vectors, their differences as units; item 7 cannot be seen."
+    def __init__(self, n):
+        g = gen(n); self.v = torch.randn(n + 1, 3, generator=g, dtype=torch.float64); self.t = torch.randn(n + 1, 2, generator=g)
+        self.present = torch.arange(n + 1) > 0
+        self.present[7] = False; self.v[~self.present] = 0; self.t[0] = 0
+    def histories(self, items): return self.t[items].sum(1)
+    def similarity(self, positives, items=None): return F.cosine_similarity(self.v[positives][:, None], self.v[None] if items is None else self.v[items], dim=2)
+    def of(self, positives, x, items):
+        z = self.v[positives][:, None] - self.v[items]; return z, (z.square().sum(2) + x.sum(1, keepdim=True)**2)
+
 def case(seed=0, B=4, n=30, H=6):
     "Scores, positives, histories with doubles and padding in no order, context."
     g = gen(seed)
     scores, positives = torch.randn(B, n + 1, generator=g), torch.randint(1, n + 1, (B,), generator=g)
     history = torch.randint(0, n + 1, (B, H), generator=g); history[0] = 0; history[-1, -1] = history[-1, 0]
-    return scores, positives, history, dict(counts=torch.randint(0, 9, (n + 1,), generator=g), in_batch=torch.randint(1, n + 1, (40,), generator=g), n_items=n)
+    context = dict(counts=torch.randint(0, 9, (n + 1,), generator=g), in_batch=torch.randint(1, n + 1, (40,), generator=g), n_items=n)
+    return scores, positives, history, context | dict(sae=Seen(n), mode='sampled')
 
 def truth(strategy, scores, own, context, pool, temperature, window):
     "q [n_items+1] of one row, from the definition and in float64."
@@ -28,8 +41,18 @@ def truth(strategy, scores, own, context, pool, temperature, window):
     left = int(np.isfinite(z).sum()); inside = lambda a, b: (rank >= a) & (rank <= min(b, left))
     w = dict(uniform=lambda: free*1., popularity=lambda: free*np.asarray(context['counts']),
              in_batch=lambda: free*np.bincount(context['in_batch'], minlength=n), topk=lambda: inside(1, pool), rank_window=lambda: inside(*window),
-             topk_softmax=lambda: np.where(inside(1, pool), np.exp((z - z.max())/temperature), 0))[strategy]()
+             topk_softmax=lambda: np.where(inside(1, pool), np.exp((z - z.max())/temperature), 0),
+             sae=lambda: by_hand(context['sae'], int(own[0]), [int(i) for i in own[1:]], free, pool, temperature))[strategy]()
     return w/w.sum()
+
+def by_hand(f, positive, history, free, pool, temperature):
+    "ALGORITHMS.md 4.3 and 4.1, one candidate at a time."
+    v, t, free = f.v.numpy(), f.t.double().numpy(), free & f.present.numpy(); u = v if f.present[positive] else t
+    near = sorted(np.flatnonzero(free), key=lambda i: -(u[i] @ u[positive])/np.linalg.norm(u[i])/np.linalg.norm(u[positive]))[:pool]
+    x = sum(t[i].sum() for i in history)**2; z = {i: v[positive] - v[i] for i in near}
+    l1, error = {i: abs(d).sum() for i, d in z.items()}, {i: d @ d + x for i, d in z.items()}
+    s = {i: error[i]/max(error.values()) + l1[i]/max(l1.values()) for i in near}
+    return np.array([np.exp(s[i]/temperature) if i in s else 0. for i in range(len(v))])
 
 # ---- probabilities ----
 @pytest.mark.parametrize('strategy', sorted(STRATEGIES.keys() - {'hard'}))
@@ -50,7 +73,7 @@ def test_draws_follow_their_log_probability(strategy, setting):
 def test_draws_of_different_rows_and_columns_are_independent():
     scores, positives, history, context = case(B=2); scores[1], positives[1], history[:] = scores[0], positives[0], 0
     for strategy in STRATEGIES.keys() - {'hard'}:
-        ids, _ = sample(scores, positives, history, 20_000, strategy, pool=5, window=(2, 6), context=context, generator=gen(2))
+        ids, _ = sample(scores, positives, history, 20_000, strategy, pool=5, temperature=1., window=(2, 6), context=context, generator=gen(2))
         q = truth(strategy, scores[0], [positives[0]], context, 5, 1., (2, 6)); q = q[q > 0]
         for a, b in ((ids[0], ids[1]), (ids[0, :-1], ids[0, 1:])):
             same = float((a == b).float().mean()); assert abs(same - (q**2).sum()) < 5*((q**2).sum()/len(a))**.5, strategy
@@ -143,7 +166,7 @@ def test_scores_of_any_storage():
     one = scores[:1].expand(6, -1)                                                              # six rows, one memory
     assert (pool_of(one, positives, history, 5) != positives[:, None]).all() and torch.equal(one[0], scores[0])
     h, v = torch.randn(6, 4, requires_grad=True), torch.randn(31, 4); s = (h @ v.T).tanh()         # tanh needs its result for the gradient
-    sample(s, positives, history, 3, 'topk'); s.sum().backward(); assert torch.allclose(h.grad, (1 - s.detach()**2) @ v)
+    sample(s, positives, history, 3, 'topk'); s.sum().backward(); assert torch.allclose(h.grad, (1 - s.detach()**2) @ v, atol=1e-5)
 
 # ---- one clear line ----
 def test_refusals():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'COLUMNS', 'run_hash', 'own_code', 'versions', 'git_commit', 'usage', 'Run', 'load_run', 'RunWriter',
-           'RunFollower', 'open_run', 'runs_table']
+           'RunFollower', 'open_run', 'stamp', 'runs_table']
 
 # %% ../../nbs/core/record.ipynb #605bcf16
 import contextlib, hashlib, importlib, json, os, platform, resource, subprocess, time
@@ -193,6 +193,7 @@ def _begin(path, resume, first, facts):
     run = RunWriter(path)
     if run.info.get('commit') != git_commit():
         print(f'warning: {path.name} was begun at commit {run.info.get("commit")}, this is {git_commit()}; resume=False starts afresh')
+    if not run.finished and facts.get('notebook') not in (None, run.info.get('notebook')): run.update(notebook=facts['notebook'])
     if (path/'metrics.parquet').exists(): run._rows = run.frame('metrics').to_dicts()
     return run
 
@@ -229,12 +230,26 @@ def _row(path):
         return _numbers(run) | row
     except WorkbenchError as e: return row | dict(status='damaged', problem=str(e))
 
+def stamp(path: Path) -> tuple: # changes when the run's facts or numbers do
+    "Of a run's folder: time and size of run.json and of its metrics."
+    def of(file):
+        try: s = file.stat(); return s.st_mtime_ns, s.st_size
+        except OSError: return None
+    return of(path/'run.json'), of(path/'metrics.parquet')
+
+def _read_again(path, known):
+    "Its row; from `known` if nothing has changed."
+    at = stamp(path)
+    if path.name not in known or known[path.name][0] != at: known[path.name] = at, _row(path)
+    return known[path.name][1]
+
 def runs_table(
-    folder: str|Path='runs' # a relative path counts from the project root
+    folder: str|Path='runs', # a relative path counts from the project root
+    known: dict|None=None    # empty at first, then of an earlier call: only what has changed since is read again
 ) -> pl.DataFrame: # run, method, dataset, source, seed, status, problem, ..., params, and a column for every test and valid number
     "All runs in a folder, one row each, whatever state they are in."
     folder = resolve(folder)
     if not folder.is_dir(): raise WorkbenchError(f'{folder} is no folder: name the out_dir of your runs')
-    rows = [_row(file.parent) for file in sorted(folder.glob('*/run.json'))]
+    rows = [_read_again(file.parent, {} if known is None else known) for file in sorted(folder.glob('*/run.json'))]
     names = sorted({n for row in rows for n in row if n not in COLUMNS}, key=lambda n: (n.startswith('valid/'), n))
     return pl.DataFrame(rows, schema=COLUMNS | {n: pl.Float64 for n in names}, strict=False)

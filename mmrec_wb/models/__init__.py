@@ -6,8 +6,7 @@
 __all__ = ['MODELS', 'get_model']
 
 # %% ../../nbs/models/registry.ipynb #dcebc8ee
-import importlib
-from ..core.errors import WorkbenchError, unknown
+from ..core.names import by_name
 from .duaf_mat import DuAFMAT
 from .hm4sr import HM4SR
 from .pop import Pop
@@ -20,11 +19,4 @@ def get_model(
     name: str # of MODELS, or package.module:Class
 ): # a class, or a function that returns a model
     "A recommender by name."
-    if ':' not in name:
-        if name not in MODELS: raise unknown('model', name, [*MODELS, 'package.module:Class'])
-        return MODELS[name]
-    module, _, what = name.partition(':')
-    try: found = getattr(importlib.import_module(module), what)
-    except (ImportError, AttributeError, ValueError) as e: raise WorkbenchError(f'model={name}: {e}; name an importable package.module:Class') from None
-    if not callable(found): raise WorkbenchError(f'model={name} is no class and no function; name one that takes the data set')
-    return found
+    return by_name('model', name, MODELS, 'Class')

@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'FILLS', 'ABLATIONS', 'CHOICES', 'FrozenModality', 'get_fusio
            'user_scores']
 
 # %% ../../nbs/models/duaf_mat.ipynb #ee97518f
-import importlib, warnings
+import warnings
 from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from ..core.errors import WorkbenchError, unknown
+from ..core.names import by_name
 from ..core.seeds import rng
 from .base import CHUNK, Recommender, catalogue_ce, sample_negatives, sampled_bce
 from .contrastive import cscl, neighbour_table, virtual_sequences, vscl
@@ -66,11 +67,7 @@ def _settled(s):
 
 def get_fusion(name: str): # of FUSIONS, or package.module:Class
     "A fusion by name: (d) -> module(s, e, there, gaps, days) -> h, omega."
-    if name in FUSIONS: return FUSIONS[name]
-    module, _, what = name.partition(':')
-    if not what: raise unknown('fusion', name, [*FUSIONS, 'package.module:Class'])
-    try: return getattr(importlib.import_module(module), what)
-    except (ImportError, AttributeError) as e: raise WorkbenchError(f'fusion={name}: {e}; name an importable package.module:Class') from None
+    return by_name('fusion', name, FUSIONS, 'Class')
 
 def category_ids(data, least: int=5) -> tuple: # int64 [n_items+1], how many
     "A number for every category that at least so many items have; the others, and no category, are 0."

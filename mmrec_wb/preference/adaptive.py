@@ -33,9 +33,10 @@ def batch_beta(
     return (beta*(1 + alpha*(M[keep].mean() - mean))).clamp(min=1e-3)
 
 # %% ../../nbs/preference/adaptive.ipynb #13c9c0f3
-CONTEXT = ('lengths', 'weight', 'over', 'mismatched', 'oracle_gap', 'uncond')
-_WANTS = dict(ipo=['lengths'], simpo=['lengths'], hanorec=['weight', 'over'], beta_dpo=['over'], kto=['mismatched'], rosepo=['oracle_gap'], mdpo=['uncond'])
-_OPTIONAL = ('lengths', 'over')
+CONTEXT = ('lengths', 'weight', 'over', 'mismatched', 'oracle_gap', 'uncond', 'logq', 'pool_size')
+_WANTS = dict(ipo=['lengths'], simpo=['lengths'], hanorec=['weight', 'over'], beta_dpo=['over'], kto=['mismatched'], rosepo=['oracle_gap'], mdpo=['uncond'],
+    misp=['logq', 'pool_size'])
+_OPTIONAL = ('lengths', 'over', 'pool_size')
 
 def _own_keywords(name, loss, settings):
     "Of a loss of one's own: the context that it takes, and the settings."
@@ -57,7 +58,8 @@ class Extras(nn.Module):
         if loss in DEFAULTS:
             for k in settings.keys() - usual.keys(): raise unknown(f'setting of {loss}', k, usual.keys() - {'beta'})
             takes, self.settings = _WANTS.get(loss, []), {k: v for k, v in (usual | settings).items() if k != 'beta'}
-            if loss == 'rosepo' and self.settings['eps'] is not None or loss == 'ipo' and not self.settings['per_token']: takes = []
+            s = self.settings
+            if loss == 'rosepo' and s['eps'] is not None or loss == 'ipo' and not s['per_token'] or loss == 'misp' and s['mode'] == 'none': takes = []
         else: takes, self.settings = _own_keywords(loss, get_loss(loss), settings)
         if self.settings.get('eps') is not None: check_share(self.settings['eps'], loss)
         self.takes, self.needs = tuple(takes), frozenset(takes) - {*_OPTIONAL}
@@ -73,7 +75,8 @@ class Extras(nn.Module):
 
 # %% ../../nbs/preference/adaptive.ipynb #b040bf28
 _WHY = dict(weight='the hardness of the pairs (preference.hardness)', mismatched='log-probabilities of answers that belong to other prompts',
-    oracle_gap='an oracle that compares the two items, or one eps for all', uncond='log-probabilities of the chosen answer without its picture')
+    oracle_gap='an oracle that compares the two items, or one eps for all', uncond='log-probabilities of the chosen answer without its picture',
+    logq='the log-probabilities with which the rejected were drawn, or mode none')
 
 def _as_it_is(e, policy, reference, **c): return {k: v for k, v in (e.settings | c).items() if v is not None}
 
