@@ -27,7 +27,8 @@ def batch(data): return train_batches(data, 12, 200, seed=0, epoch=1)[0]
 def test_every_loss_where_policy_is_reference(data, loss):
     "All gaps are 0, so the value is known; K = 3."
     ln2 = math.log(2)
-    known = dict(dpo=ln2, cdpo=ln2, robust=ln2, hinge=1, ipo=25, sdpo=math.log(4), dmpo=ln2, beta_dpo=None, rosepo=ln2, kto=.5, simpo=None)[loss]
+    known = dict(dpo=ln2, cdpo=ln2, robust=ln2, hinge=1, ipo=25, sdpo=math.log(4), dmpo=ln2, beta_dpo=None, rosepo=ln2, kto=.5, simpo=None,
+        misp=math.log(4))[loss]
     m = model(data, loss=loss, negatives=3); parts = m.loss(batch(data)); parts['loss'].backward()
     if known: assert float(parts['preference']) == pytest.approx(known, rel=1e-4)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in m.policy.parameters()) and float(parts['preference']) > 0
@@ -70,7 +71,7 @@ def test_with_dropout_policy_and_reference_start_equal(data):
 @pytest.mark.parametrize('strategy', ['uniform', 'popularity', 'in_batch', 'hard', 'topk', 'topk_softmax', 'rank_window'])
 def test_what_was_had_is_never_drawn(data, strategy):
     m, b = model(data, strategy=strategy, negatives=5), batch(data); real = b.targets > 0; y, seen = b.targets[real], seen_before(data, b)
-    ids = m.draw(m.states(b)[real].detach(), b, y, seen); assert ids.shape == (len(y), 5) and ids.min() > 0
+    ids, _ = m.draw(m.states(b)[real].detach(), b, y, seen); assert ids.shape == (len(y), 5) and ids.min() > 0
     assert not (ids[:, :, None] == torch.cat([y[:, None], seen], 1)[:, None]).any()
 
 @pytest.mark.parametrize('strategy', ['hard', 'topk', 'topk_softmax'])
@@ -80,7 +81,7 @@ def test_scores_of_cross_entropy_are_as_good_as_ones_own(data, strategy, monkeyp
     m, b = model(data, strategy=strategy, negatives=3, pool=10), batch(data); real = b.targets > 0
     monkeypatch.setitem(base.CHUNK, 'cpu', 33*101)
     torch.manual_seed(5); shared = m.loss(b); found = m.drawn.clone()
-    torch.manual_seed(5); ids = m.draw(m.states(b)[real].detach(), b, b.targets[real], seen_before(data, b))
+    torch.manual_seed(5); ids, _ = m.draw(m.states(b)[real].detach(), b, b.targets[real], seen_before(data, b))
     assert torch.equal(found, torch.bincount(ids.flatten(), minlength=len(found)))
     assert float(shared['backbone']) == pytest.approx(float(m.policy.loss(b)['loss'].detach()), rel=1e-6)
 
@@ -96,7 +97,7 @@ def test_pools_of_an_epoch_stay(data):
     z.scatter_(1, torch.cat([seen_before(data, b), b.targets[real][:, None]], 1), -torch.inf); best = z.topk(4).indices
     assert torch.equal(m.pools[at].long().sort(1).values, best.sort(1).values)
     with torch.no_grad(): m.policy.item.weight.copy_(m.policy.item.weight.flip(0))
-    ids = m.draw(m.states(b)[real].detach(), b, b.targets[real], seen_before(data, b)); assert (ids[:, :, None] == best[:, None]).any(2).all()
+    ids, _ = m.draw(m.states(b)[real].detach(), b, b.targets[real], seen_before(data, b)); assert (ids[:, :, None] == best[:, None]).any(2).all()
 
 def test_the_probe_says_what_it_drew(data):
     "By hand: rank, gap, false negatives, gradient."
@@ -198,12 +199,14 @@ def shown(out):
     kind, cells = 'application/vnd.plotly.v1+json', nbformat.read(out, 4).cells
     return [o['data'][kind] for c in cells if c.cell_type == 'code' for o in c.outputs if kind in o.get('data', {})]
 
-RUNS = {'as it comes': dict(), 'sdpo, hard, duaf_mat': dict(loss='sdpo', strategy='hard', base='duaf_mat', negatives=3), 'control': dict(loss='none')}
+RUNS = {'as it comes': dict(), 'sdpo, hard, duaf_mat': dict(loss='sdpo', strategy='hard', base='duaf_mat', negatives=3), 'control': dict(loss='none'),
+        'misp, sae': dict(loss='misp', strategy='sae', negatives=3, sae_units=16)}
 
 @pytest.mark.parametrize('more', RUNS.values(), ids=RUNS)
 def test_the_notebook(tmp_path, more):
     p, out = papermill(tmp_path, **SMALL | more); assert p.returncode == 0, p.stderr[-3000:]
-    figures = shown(out); assert len(figures) == (2 if more.get('loss') == 'none' else 7) and all('planted' in json.dumps(f['layout']) for f in figures)
+    figures = shown(out)
+    assert len(figures) == {'none': 2, 'misp': 9}.get(more.get('loss'), 7) and all('planted' in json.dumps(f['layout']) for f in figures)
     run = load_run(next((tmp_path/'runs').glob('rodpo-*'))); assert run.finished and run.frame('ranks').height == 60 and not list(run.path.glob('checkpoint*'))
     names = set(run.frame('metrics').filter(split='test')['name']); assert {'NDCG@5/model', 'NDCG@5/base', 'NDCG@5/popularity', 'NDCG@5/oracle'} <= names
 

@@ -47,7 +47,8 @@ def test_facts_of_every_example(data, task, split, seed):
         shown = set(r.get('candidates', true + r['negative']))
         others, unseen_in = shown - set(true), items[:-2] if split == 'train' and task != 'top3' else items
         assert set(true) <= shown and set(r['negative']) <= others and not others & set(unseen_in) and all(1 <= i <= data.n_items for i in shown)
-        if task == 'yes_no':
+        if task == 'picture': assert data.image(true[0]) is not None and data.image(r['negative'][0]) is not None
+        if task in ('yes_no', 'picture'):
             assert [r['target']] == (r['positive'] if r['label'] else r['negative'])
             assert (r['chosen'], *r['rejected'])[::1 if r['label'] else -1] == ('Yes', 'No'); continue
         assert r['target'] == true[0] and len(r['candidates']) == len(shown) == dict(top3=7, pick_one=10)[task]
@@ -120,10 +121,11 @@ def test_errors_name_the_remedy(data):
 def test_prompt_shows_what_is_asked_and_no_answer(data, task):
     for e in examples(data, task, 'test', 0).to_dicts():
         messages, shown = prompt(data, e); text = ''.join(c.get('text', '[picture]') for c in messages[0]['content'])
-        pictured = e['history'] + ([e['target']] if task == 'yes_no' else [])
+        pictured = e['history'] + ([e['target']] if task in ('yes_no', 'picture') else [])
         assert shown == [i for i in pictured if data.image(i) is not None]
         assert text.count('[picture]') == len(shown) and text.count('[picture]') + text.count('no picture') == len(pictured)
-        if task != 'yes_no': assert text.splitlines()[-len(e['candidates']):] == [shown_title(data, i) for i in e['candidates']]
+        if task == 'picture': assert text.endswith('[picture]') and shown_title(data, e['target']) not in text.splitlines()[-1]
+        elif task != 'yes_no': assert text.splitlines()[-len(e['candidates']):] == [shown_title(data, i) for i in e['candidates']]
         assert (messages, shown) == prompt(data, e | dict(chosen='?', rejected=['?'], positive=e['positive'][::-1]))
 
 @pytest.mark.parametrize('task', TASKS)

@@ -28,7 +28,10 @@ def prompt(
     "The question of one example: about its `candidates` if it has any, else yes or no."
     content, blind = [dict(type='text', text='Items that a person took, oldest first:\n')], example.get('blind', False)
     for n, i in enumerate(example['history'], 1): content += [dict(type='text', text=f'{n}. '), *_item(data, i, blind)]
-    if not example.get('candidates'):
+    if example.get('pictured'):
+        content += [dict(type='text', text='Will this person take the item in this picture next? Answer Yes or No.\n'),
+                    dict(type='text', text='no picture') if blind else dict(type='image')]
+    elif not example.get('candidates'):
         content += [dict(type='text', text='Will this person take this item next? Answer Yes or No.\n'), *_item(data, example['target'], blind)]
     else:
         ask = 'Which of these items will this person take next? Answer with its title.' if len(example['positive']) == 1 else \
@@ -49,7 +52,7 @@ def _joined(content):
 # %% ../../nbs/mllm/prompts.ipynb #83ff85ed
 TOKENWISE = ('input_ids', 'token_type_ids', 'mm_token_type_ids') # what processors give token by token
 NOTHING = -100                                                   # no token, in answers of different lengths
-NUMBERS = ('weight', 'reference', 'oracle_gap')                  # of an example: of its pairs; the reference's log-probability of each answer; of its pairs
+NUMBERS = ('weight', 'reference', 'oracle_gap', 'logq') # of an example: of pairs; of answers, by the reference; of pairs; of draws
 
 def side_by_side(
     answers: list # [B][1+K] lists of token ids; 1+K is the same for all
@@ -66,7 +69,7 @@ class Collator:
     def __init__(self,
         data: Dataset,
         processor,      # of the backbone
-        answers: str,   # 'right' (SFT), 'pair' (right, then wrong: TRL's rows), 'all' (every prompt once, its answers beside it: preference), 'none' (scoring)
+        answers: str,   # 'right' (SFT), 'pair' (right, then wrong: TRL's rows), 'all' (answers beside the prompt), 'pictures' (MISP-DPO), 'none' (scoring)
         blind: bool=False # of 'all': a second batch in it, `blind`, of the prompts without their pictures and the right answers (mDPO)
     ):
         self.data, self.processor, self.answers, self.blind, self._pictures = data, processor, answers, blind, {}
@@ -156,6 +159,7 @@ def beside(self: Collator,
 @patch
 def __call__(self: Collator, examples: list) -> dict: # tensors [rows, tokens], pictures, and the numbers of each example
     "A padded batch; rows are the examples, or chosen and rejected of them."
+    if self.answers == 'pictures': return self.pictures(examples) | _numbers(examples)
     if self.answers == 'all':
         out = self.beside(examples, [[self.tail(a) for a in answers_of(e)] for e in examples]) | _numbers(examples)
         return out | (dict(blind=self.beside([e | dict(blind=True) for e in examples], [[self.tail(e['chosen'])] for e in examples])) if self.blind else {})
@@ -196,3 +200,13 @@ def branches(self: Collator,
     out = self._padded(rows) | rest | dict(answers=side_by_side(grouped([[*c.tolist(), *a] for c, a in zip(own['input_ids'], flat)])))
     out['counts'] = side_by_side(grouped([[0]*len(c) + [1]*len(a) for c, a in zip(own['input_ids'], flat)])) == 1
     return out | (dict(pictures=pictures) if pictures else {})
+
+# %% ../../nbs/mllm/prompts.ipynb #c29a20ea
+@patch
+def pictures(self: Collator,
+    examples: list # rows of `yes_no` or `picture`; `negative`: the K items of the other pictures
+) -> dict: # of `branches`, [B, 3+K]: Yes under the positive's picture, Yes under the negatives'; No under the positive's, No under the first negative's
+    "Right answer, wrong pictures; and both answers to two of them."
+    items = [[p := e['positive'][0], *e['negative'], p, e['negative'][0]] for e in examples]; yes, no = (self.tail(ANSWERS[k]) for k in (1, 0))
+    asked = [[e | dict(target=i) for i in row] for e, row in zip(examples, items)]
+    return self.branches(asked, [[yes]*(len(row) - 2) + [no]*2 for row in items])

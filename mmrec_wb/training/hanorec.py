@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SFT_SETTINGS', 'HANOREC_SETTINGS', 'PREFERENCE_SETTINGS', 'SOMETIMES', 'DEFAULTS', 'PROTOCOLS', 'CURVES', 'extras_of',
            'settled', 'questions', 'training_counts', 'pick_device', 'check_tracker', 'thumbnails', 'scores_to_beat',
-           'evaluate_yes_no', 'evaluate_lists', 'write_evaluation', 'last_checkpoint', 'fit', 'opened', 'load_model',
-           'train_sft', 'pairs_of', 'pair_hardness', 'vectors_digest', 'oracle_gaps', 'check_pictures',
-           'train_preference']
+           'evaluate_yes_no', 'evaluate_lists', 'write_evaluation', 'last_checkpoint', 'fit', 'arguments', 'opened',
+           'open_mllm', 'finish_preference', 'load_model', 'train_sft', 'pairs_of', 'pair_hardness', 'vectors_digest',
+           'oracle_gaps', 'check_pictures', 'train_preference']
 
 # %% ../../nbs/training/hanorec.ipynb #e7d1f626
 import contextlib, hashlib, io, json, shutil
@@ -45,6 +45,7 @@ DEFAULTS = dict(backbone='tiny', task='yes_no', seed=0, pair_seed=2025, epochs=3
     text_encoder=ENCODERS['text'], image_encoder=ENCODERS['image'],
     device='auto', out_dir='runs', resume=True, report_to='none', max_users=0, planted_seed=0, notebook=None)
 PROTOCOLS = dict(yes_no='yes/no, leave-one-out, one uniform negative',
+    picture='yes/no about a picture, leave-one-out, one uniform negative, both with a picture',
     top3='3 true next items of 7 candidates, users split 80/10/10',
     pick_one='one true next item among uniform candidates, leave-one-out')
 
@@ -140,7 +141,7 @@ def evaluate_yes_no(data, model, processor, asked, s, sft=None) -> tuple: # fram
     "AUC from the log-odds, AUC of the answers (HaNoRec's), valid answers."
     found = score_yes_no(model, processor, data, asked, s['batch_size'], decoding=s['decoding'], seed=s['seed'])
     beat = {k: [float(v[0]) for v in rows] for k, rows in scores_to_beat(data, asked, [[t] for t in asked['target']], s).items()}
-    frame = pl.concat([asked.select('user', 'target', 'label', task=pl.lit('yes_no')), found, pl.DataFrame(beat)], how='horizontal')
+    frame = pl.concat([asked.select('user', 'target', 'label', task=pl.lit(s['task'])), found, pl.DataFrame(beat)], how='horizontal')
     label, scorers = frame['label'].to_numpy(), dict(model=frame['log_odds'], **{k: frame[k] for k in beat})
     answers = dict(model=frame['answer'])
     if sft is not None:
@@ -179,7 +180,7 @@ def evaluate_lists(data, model, processor, asked, s, sft=None) -> tuple: # frame
 # %% ../../nbs/training/hanorec.ipynb #7cbc6744
 def write_evaluation(run, data, model, processor, s, sft=None):
     "Score the valid and the test examples; write the metrics of both and the ranks of the test. `sft`: the SFT run's ranks, on the same examples."
-    evaluate = evaluate_yes_no if s['task'] == 'yes_no' else evaluate_lists
+    evaluate = evaluate_yes_no if s['task'] in ('yes_no', 'picture') else evaluate_lists
     for split in ('valid', 'test'):
         try: asked = questions(data, split, s)
         except WorkbenchError:
@@ -208,7 +209,7 @@ def fit(trainer, run, split, names, title):
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.accelerator.unwrap_model(trainer.model)
 
-def _arguments(run, s, n, epochs, lr, **more):
+def arguments(run, s, n, epochs, lr, **more):
     "The Trainer's arguments for `n` examples."
     size, (_, world) = min(s['batch_size'], n), processes()
     if size % world: raise WorkbenchError(f"batch_size={size} cannot be shared by {world} processes: give a multiple of {world}")
@@ -227,7 +228,7 @@ def opened(*where, **facts):
         if rank == 0: together()
         yield run
 
-def _open(method, data, s, params):
+def open_mllm(method, data, s, params):
     "The run of these parameters."
     facts = dict(notebook=s['notebook'], max_users=s['max_users'], planted_seed=s['planted_seed'] if data.source == 'planted' else None,
         protocol=PROTOCOLS[s['task']], modalities=sorted(data.features), encoders=[s['text_encoder'], s['image_encoder']],
@@ -243,6 +244,13 @@ def _finish(run, data, model, processor, s, whole, sft=None):
         if not (run.path/'items.parquet').exists(): run.save('items', thumbnails(data, run.frame('ranks')['target'][:20]))
         run.finish(); shutil.rmtree(run.path/'checkpoint', ignore_errors=True)
     together()
+
+def finish_preference(run, data, policy, processor, s, sft):
+    "Save what stage 2 learned beside what SFT did, evaluate on the questions of `sft`, close the run."
+    if processes()[0] == 0:
+        policy.save_pretrained(run.path/'adapter')
+        if (sft.path/'adapter').exists(): shutil.copytree(sft.path/'adapter', run.path/'adapter_sft', dirs_exist_ok=True)
+    _finish(run, data, policy.merge_and_unload(), processor, s, s['backbone'] == 'tiny', sft.frame('ranks'))
 
 def load_model(run: Run) -> tuple: # model, processor
     "The model of a recorded run, ready to answer."
@@ -261,7 +269,7 @@ def train_sft(
     "Stage 1: fine-tune the backbone to answer the task's question. A finished run of the same settings is reloaded."
     s, left_out = settled(settings), Counter(); check_pictures(data, s)
     train, _ = (questions(data, split, s, left_out) for split in ('train', 'test'))
-    with _open('sft', data, s, {k: s[k] for k in SFT_SETTINGS}) as run:
+    with open_mllm('sft', data, s, {k: s[k] for k in SFT_SETTINGS}) as run:
         if run.finished: return run
         run.update(left_out=dict(left_out))
         from trl import SFTConfig
@@ -269,7 +277,7 @@ def train_sft(
         whole = s['backbone'] == 'tiny'
         model, processor = load_backbone(s['backbone'], data.catalogue['title'].to_list(), s['seed'], s['max_pixels'])
         warmup = min(50, train.height*s['epochs']//s['batch_size']//10) if whole else 0
-        where, every, args = _arguments(run, s, train.height, s['epochs'], s['lr'], warmup_steps=warmup, ddp_find_unused_parameters=whole)
+        where, every, args = arguments(run, s, train.height, s['epochs'], s['lr'], warmup_steps=warmup, ddp_find_unused_parameters=whole)
         trainer = TuningTrainer(model, args=trainer_args(SFTConfig, where, every, **args), train_dataset=as_dataset(train.to_dicts()),
             processing_class=processor, data_collator=Collator(data, processor, 'right'),
             peft_config=None if whole else lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout'], projector=s['backbone'] == 'smollm2'))
@@ -332,18 +340,18 @@ def train_preference(
     train, test = questions(data, 'train', s, negatives=s['negatives'], strategy=s['strategy']), questions(data, 'test', s)
     said = {k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS} | {k: s[k] for k in SOMETIMES if s[k] is not None} | own_code(loss=s['loss'])
     params = dict(sft=sft.path.name, **said, vectors=vectors_digest(data.features) if s['hardness_from'] == 'encoders' else None)
-    with _open(s['loss'].replace(':', '.'), data, s, params) as run:
+    with open_mllm(s['loss'].replace(':', '.'), data, s, params) as run:
         if run.finished: return run
         from trl import DPOConfig
         from mmrec_wb.training.trl_trainers import PreferenceTrainer, as_dataset, trainer_args
-        (model, processor), before = sft.model(), sft.frame('ranks')
+        model, processor = sft.model()
         model.to(s['device'])                                                             # for the vectors of `hardness_from='backbone'`
         hard = pair_hardness(data, train, DEFAULTS | {k: v for k, v in s.items() if v is not None}, model, processor)
         run.save('explain/hardness', hard); run.save('items', _shown(data, hard, test))
         wants, extras = extras_of(s).takes, {}
         if 'oracle_gap' in wants: extras['oracle_gap'] = pl.Series(oracle_gaps(data, train, s))
         rows = train.with_columns(weight=pl.Series(hard['weight'].to_numpy().reshape(len(train), -1)), **extras).to_dicts()     # [K] each
-        where, every, args = _arguments(run, s, len(rows), s['preference_epochs'], s['preference_lr'], dataloader_drop_last=len(rows) > s['batch_size'])
+        where, every, args = arguments(run, s, len(rows), s['preference_epochs'], s['preference_lr'], dataloader_drop_last=len(rows) > s['batch_size'])
         collate = Collator(data, processor, 'all', blind='uncond' in wants)
         reference = reference_log_probs(model, collate, rows, batch_size=args['per_device_train_batch_size'])
         rows = [r | dict(reference=values) for r, values in zip(rows, reference)]
@@ -351,9 +359,5 @@ def train_preference(
             processing_class=processor, data_collator=collate,
             peft_config=lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']), loss=s['loss'], beta=s['beta'], settings=extras_of(s).settings,
             **{k: s[k] for k in ('noise', 'noise_on', 'eta_over') if s[k] is not None})
-        policy = fit(trainer, run, 'preference', CURVES, s['loss'])
-        if processes()[0] == 0:
-            policy.save_pretrained(run.path/'adapter')
-            if (sft.path/'adapter').exists(): shutil.copytree(sft.path/'adapter', run.path/'adapter_sft', dirs_exist_ok=True)
-        _finish(run, data, policy.merge_and_unload(), processor, s, s['backbone'] == 'tiny', before)
+        finish_preference(run, data, fit(trainer, run, 'preference', CURVES, s['loss']), processor, s, sft)
     return run
