@@ -82,7 +82,7 @@ def test_what_cannot_be_drawn_is_said(draw, says):
 def test_a_strategy_keeps_its_colour():
     for s, (colour, symbol) in STRATEGIES.items():
         assert looks(['other', s])[s] == looks([f'{s}, pool 7'])[f'{s}, pool 7'] == dict(colour=colour, symbol=symbol, dash='solid')
-    many = looks([*STRATEGIES, *(f'topk {i}' for i in range(21))]); assert len({tuple(v.values()) for v in many.values()}) == 28
+    many = looks([*STRATEGIES, *(f'topk {i}' for i in range(24))]); assert len({tuple(v.values()) for v in many.values()}) == 32
     fig = negatives_by_epoch(dict(topk=negatives(), hard=negatives())); assert named(fig)['hard', 'y'].line.color == STRATEGIES['hard'][0]
 
 @pytest.mark.parametrize('runs', [1, 3, 12])
