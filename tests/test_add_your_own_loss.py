@@ -9,7 +9,7 @@ from mmrec_wb.my.exo import exo_pair
 from mmrec_wb.preference.losses import LOSSES, get_loss
 from test_losses import batch, ours, same, shop, value_and_gradient
 ROOT, NAME = project_root(), 'mmrec_wb.my.exo:exo_pair'
-NOTEBOOK = ROOT/'nbs/tutorials/add_your_own_loss.ipynb'
+NOTEBOOK = ROOT/'nbs/tutorials/06_add_your_own_loss.ipynb'
 
 def cells(kind): return [''.join(c['source']) for c in json.loads(NOTEBOOK.read_text('utf-8'))['cells'] if c['cell_type'] == kind]
 
