@@ -230,6 +230,7 @@ def _row(path):
         return _numbers(run) | row
     except WorkbenchError as e: return row | dict(status='damaged', problem=str(e))
 
+# %% ../../nbs/core/record.ipynb #6bff6da5
 def stamp(path: Path) -> tuple: # changes when the run's facts or numbers do
     "Of a run's folder: time and size of run.json and of its metrics."
     def of(file):

@@ -96,7 +96,7 @@ def _foreign(folder):
     "Folders that are no runs, one line each; what this workbench itself keeps beside runs is not mentioned."
     lines = []
     for p in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.') and not (p/'run.json').exists()):
-        if (p/'study.json').exists() or (p/'comparison.csv').exists(): continue
+        if p.name == 'notebooks' or (p/'study.json').exists() or (p/'comparison.csv').exists(): continue
         inside = sum(1 for _ in p.glob('*/run.json'))
         lines.append(f'{p.name}: no run (it has no run.json)' + (f'; it holds {inside} runs: give this folder to see them' if inside else ''))
     return lines

@@ -7,7 +7,7 @@ __all__ = ['RESERVED', 'STOPPED', 'RAY_ENV', 'BACKENDS', 'BUSY', 'parameters_of'
            'child', 'attempt', 'study', 'failures']
 
 # %% ../../nbs/training/studies.ipynb #85547fd8
-import ast, contextlib, itertools, json, os, re, signal, subprocess, sys, tempfile, threading, time
+import ast, contextlib, itertools, json, logging, os, re, signal, subprocess, sys, tempfile, threading, time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -89,11 +89,13 @@ def first_line(name: str, text: str) -> str: # at most 300 letters
     lines = [line.strip() for line in re.sub('\x1b\\[[0-9;]*m', '', text).splitlines() if line.strip()]
     return ': '.join([name, *lines[:1]])[:300]
 
-def _execute(cell):
-    "Run the notebook; the error in one line, or None."
+def _execute(cell, **how):
+    "Run the notebook; the error in one line, or None. The state of its widgets, which can be megabytes, is not kept."
     import papermill
     from nbclient.exceptions import DeadKernelError
-    try: papermill.execute_notebook(resolve(cell['notebook']), cell['output'], parameters=cell['given'], progress_bar=False, cwd=str(project_root()))
+    how = dict(progress_bar=False, store_widget_state=False, cwd=str(project_root()), extra_arguments=['--log-level=40']) | how
+    logging.getLogger('papermill').setLevel('ERROR')                              # that PAPERMILL_OUTPUT_PATH is no parameter is known
+    try: papermill.execute_notebook(resolve(cell['notebook']), cell['output'], parameters=cell['given'], **how)
     except papermill.PapermillExecutionError as e: return first_line(e.ename, e.evalue)
     except DeadKernelError: return 'the kernel died (killed, or out of memory)'
     except Exception as e: return first_line(type(e).__name__, str(e))
