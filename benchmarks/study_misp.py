@@ -82,6 +82,13 @@ def main(args):
         atomic_write(project_root()/'results'/f'{name}_{part}.csv', lambda tmp: frame.write_csv(tmp, float_precision=6))
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4): print(summary); print(pl.concat(tests))
 
+def readme_row(
+    summary: pl.DataFrame # of results/misp_*_summary.csv
+) -> str:
+    "The README's line for a study: AUC, mean ± sd over seeds."
+    m = {r['arm']: r for r in summary.to_dicts()}; one = summary.row(0, named=True)
+    return f"| {one['dataset']} | {one['users']:,} | " + ' | '.join(f"{m[a]['auc']:.3f} ± {m[a]['auc_sd']:.3f}" if a in m else '–' for a in ARMS) + ' |'
+
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--dataset', default='toys'); a.add_argument('--source', choices=['raw', 'planted'], help='default: planted for toys, else raw')

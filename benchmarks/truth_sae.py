@@ -83,6 +83,13 @@ def main(args):
         atomic_write(file, lambda tmp: table.write_csv(tmp, float_precision=4))
         with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=160): print(every.drop('run'), flush=True)
 
+def readme_rows(table: pl.DataFrame) -> list: # of results/truth_sae.csv
+    "The README's lines: plain item vectors, mean over seeds."
+    rows = {r['factor']: r for r in table.filter(seed='all', kind='items').to_dicts()}; order = ('theme', 'material', 'age', 'colour', 'shape', 'pattern')
+    called = dict(sae='units of the autoencoder', topk='units with TopK', pca='principal components', random='random directions',
+                  probe='a probe that is told (ceiling)')
+    return [f'| {name} | ' + ' | '.join(f'{rows[f][c]:.3f}' for f in order) + ' |' for c, name in called.items()]
+
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--planted-seed', type=int, default=1); a.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
