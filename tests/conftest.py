@@ -12,6 +12,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker('browser'): item.add_marker(pytest.mark.skip(reason='no chromium (CHROMIUM names one)'))
 
+def pytest_terminal_summary(terminalreporter):
+    missed = [r for r in terminalreporter.stats.get('skipped', []) if 'no chromium' in str(r.longrepr)]
+    said = f'*** {len(missed)} BROWSER TESTS DID NOT RUN: no chromium here (apt-get install chromium) ***'
+    if missed: terminalreporter.write_line(said, yellow=True, bold=True)
+
 @pytest.fixture(autouse=True)
 def planted_only(request, monkeypatch):
     "Only tests marked real see MMREC_DATA."

@@ -107,7 +107,8 @@ def known(server): return dict(registry(), **{'ml-100k': registry()['ml-100k'] |
 
 def test_a_data_set(server, known, tmp_path, capsys):
     found = fetch('ml-100k', tmp_path/'raw', known, progress=False); place = tmp_path/'raw'/'ml-100k'
-    assert set(found.values()) == {place/'u.data', place/'u.item'} and left(place) == ['u.data', 'u.item'] and left(tmp_path) == ['raw']   # nothing else, nowhere else
+    assert set(found.values()) == {place/'u.data', place/'u.item'} and left(place) == ['u.data',
+        'u.item'] and left(tmp_path) == ['raw']   # nothing else, nowhere else
     assert 'not to be redistributed' in capsys.readouterr().out
     fetch('ml-100k', tmp_path/'raw', known, progress=False); assert len(server.asked) == 1
 

@@ -40,14 +40,17 @@ def test_it_outlives_the_notebook(tmp_path):
     assert os.getsid(root.pid) == root.pid != os.getsid(p.pid); os.killpg(p.pid, signal.SIGKILL); p.wait()
     try:
         until(lambda: next((tmp_path/'runs').glob('sasrec-*/metrics.parquet'), None)); assert job_state(cell)['status'] == 'running'
-        x = train_live('baseline', **given); assert psutil.Process(job_state(x.cell)['pid']) == root and x.parts['go'].disabled      # attached, not started again
+        x = train_live('baseline', **given)
+        assert psutil.Process(job_state(x.cell)['pid']) == root and x.parts['go'].disabled      # attached, not started again
         x.parts['stop'].click(); until(lambda: x.refresh() is False, 60); assert 'stopped' in x.parts['note'].value
-        [run] = (tmp_path/'runs').glob('sasrec-*'); assert load_run(run).status == 'running' and list(run.glob('checkpoint-*')) and not list(run.parent.glob('.*.lock'))
+        [run] = (tmp_path/'runs').glob('sasrec-*')
+        assert load_run(run).status == 'running' and list(run.glob('checkpoint-*')) and not list(run.parent.glob('.*.lock'))
         until(lambda: not root.is_running() or root.status() == 'zombie')
     finally:
         for q in ([*root.children(recursive=True), root] if root.is_running() else []): q.kill()
 
-@pytest.mark.parametrize('name, given, says', [('rodop', {}, 'did you mean rodpo'), ('baseline', dict(epoch=3), 'did you mean epochs'), ('x.ipynb', {}, 'is no notebook')])
+@pytest.mark.parametrize('name, given, says', [('rodop', {}, 'did you mean rodpo'), ('baseline', dict(epoch=3), 'did you mean epochs'),
+                                               ('x.ipynb', {}, 'is no notebook')])
 def test_a_sentence(name, given, says): assert says in train_live(name, **given).parts['said'].text
 
 def test_a_failure_is_a_sentence(tmp_path):

@@ -27,7 +27,7 @@ def _archive(name, entry):
     a = entry['archive']; bad = lambda why: WorkbenchError(f'data/datasets.toml: the archive of [{name}] {why}; mend it')
     if not isinstance(a, dict): raise bad('is no table { url, sha256, size }')
     if not isinstance(a.get('url'), str) or not allowed(a['url']): raise bad('needs an https url')
-    if not isinstance(a.get('sha256'), str) or not re.fullmatch('[0-9a-f]{64}', a['sha256']): raise bad('needs the sha256 of the zip file, 64 hexadecimal digits')
+    if not isinstance(a.get('sha256'), str) or not re.fullmatch('[0-9a-f]{64}', a['sha256']): raise bad('needs the sha256 of the zip, 64 hex digits')
     if type(a.get('size')) is not int or a['size'] < 1: raise bad('needs its size in bytes')
     if odd := [f for f in entry['files'].values() if Path(f).name != f or f in ('.', '..')]: raise bad(f'goes with {odd[0]!r}, which is no plain file name')
     return a['url'], a['sha256'], a['size']

@@ -18,14 +18,14 @@ from .studies import _execute, _name, _place, _state, _write, parameters_of, run
 
 # %% ../../nbs/training/jobs.ipynb #22b5ccd6
 def find_notebook(
-    name: str|Path # a file, or what follows `train_` in the name of one of ours, e.g. 'rodpo'
+    name: str|Path # a file, or the name of one of ours, e.g. 'train_rodpo' or 'rodpo'
 ) -> Path: # absolute
     "The notebook of this name."
     ours = {p.stem.removeprefix('train_'): p for p in sorted((project_root()/'nbs').glob('train_*.ipynb'))}
-    if str(name) in ours: return ours[str(name)]
+    if (short := str(name).removeprefix('train_')) in ours: return ours[short]
     if (file := resolve(name)).is_file() and file.suffix == '.ipynb': return file
     if str(name).endswith('.ipynb'): raise WorkbenchError(f'{name} is no notebook: name a file, e.g. nbs/train_baseline.ipynb')
-    raise unknown('notebook', name, [*ours, *[p.stem for p in ours.values()]])
+    raise unknown('notebook', name, ours)
 
 def job(
     notebook: str|Path,     # as in `find_notebook`

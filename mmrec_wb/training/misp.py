@@ -132,7 +132,7 @@ def train_misp(
 # %% ../../nbs/training/misp.ipynb #55730022
 SHOWN, PROBE = 12, 200 # questions whose whole pool is kept; questions whose gaps are
 
-def gaps_of(data, asked, ids, trainer, policy, collate) -> list: # frames: stage, example, negative, gap, similarity
+def gaps_of(data, asked, ids, trainer, policy, collate) -> list: # frames: stage, example, user, positive, negative, gap, similarity
     "log p(Yes | the positive's picture) - log p(Yes | a negative's), before and after stage 2."
     values = data.features['image'].values if 'image' in data.features else None; found = {}; policy.eval()
     for a in range(0, len(asked), 8):
@@ -143,19 +143,19 @@ def gaps_of(data, asked, ids, trainer, policy, collate) -> list: # frames: stage
                 lp = read(policy, x)[:, :-2].cpu(); found.setdefault(stage, []).append(lp[:, :1] - lp[:, 1:])
     y, K = asked['positive'].list.first().to_numpy(), ids.shape[1]
     alike = np.full(ids.shape, np.nan) if values is None else (_unit(values[y])[:, None]*_unit(values[ids.numpy()])).sum(-1)
-    base = dict(example=np.repeat(np.arange(len(y)), K), negative=ids.numpy().ravel())
+    once = dict(example=np.arange(len(y)), user=asked['user'].to_numpy(), positive=y)
+    base = {k: np.repeat(v, K) for k, v in once.items()} | dict(negative=ids.numpy().ravel())
     return [pl.DataFrame(dict(stage=[k]*ids.numel(), **base, gap=torch.cat(v).flatten().numpy(), similarity=alike.ravel())) for k, v in found.items()]
 
 def _unit(v): return v/np.linalg.norm(v, axis=-1, keepdims=True).clip(min=1e-12)
 
 def explain(run, data, train, test, own, s, factors, trainer, policy, collate):
     "The frames explain/selection and explain/gaps, and the pictures that figures show."
-    some = train[rng(s['seed'], 'probe').permutation(len(train))[:PROBE]]; gaps = {}
+    some = train[rng(s['seed'], 'probe').permutation(len(train))[:PROBE]]; gaps = {}; items = [*some['positive'].list.first()[:SHOWN], *test['target'][:20]]
     for strategy in dict.fromkeys([own['strategy'], 'uniform']):
         ids, _ = picture_negatives(data, some, own | dict(strategy=strategy), s['seed'], factors if strategy == 'sae' else None)
-        gaps[strategy] = gaps_of(data, some, ids, trainer, policy, collate)
+        gaps[strategy] = gaps_of(data, some, ids, trainer, policy, collate); items += ids[:SHOWN].flatten().tolist()
     run.save('explain/gaps', pl.concat([f.select(pl.lit(k).alias('strategy'), pl.all()) for k, fs in gaps.items() for f in fs]))
-    items = [*some['positive'].list.first()[:SHOWN], *test['target'][:20]]
     if factors:
         few = some.head(SHOWN); what, how = choice(data, few, own, s['seed'], factors)
         run.save('explain/selection', chosen := selection_frame(torch.tensor(few['user'].to_list()), *what, **how))
