@@ -6,7 +6,7 @@ def test_the_tour(notebook):
     cells = [c.source for c in nbformat.read(ROOT/'nbs'/'tutorials'/'00_tour.ipynb', 4).cells if c.cell_type == 'code']
     s = notebook('tour', ["import os; os.environ['IN_TEST'] = '1'", *cells]); s.page.set_viewport_size(dict(width=1280, height=9000)); explorers = s.page.locator('.wb-explorer')
     s.until(lambda: explorers.count() == 4, 'four explorers', 300); body = lambda: s.page.inner_text('body')
-    s.until(lambda: 'near_fused' in body() or "'near_text'" in body(), 'the last cell', 300)                # the parts of explore_data, shown at the end
+    s.until(lambda: "'category_fig'" in body(), 'the last cell', 300)
     title = lambda k: explorers.nth(k).locator('.wb-title').inner_text()
     assert [title(k).split()[0] for k in range(4)] == ['Explore', 'Training:', 'What', 'Runs'], explorers.nth(1).inner_text()
     s.until(lambda: 'finished' in explorers.nth(1).inner_text(), 'the training', 300)
