@@ -36,7 +36,8 @@ def main():
     data, d = add_features(load_dataset('toys', source='planted', planted_users=300, planted_items=240), progress=False), tempfile.mkdtemp()
     sae = train_sae(data, units=32, epochs=5, out_dir=d, device='cpu', progress=False); units = sae.frame('explain/factors')
     frames = [sae.frame(f'explain/{f}') for f in ('factor_pairs', 'factor_histogram')]
-    picture('factors', see.factor_cards(units, *frames, sae.frame('items'), sae.frame('explain/factor_truth'), see.telling(units)['unit'][:3].to_list(), sae.title))
+    three = see.telling(units)['unit'][:3].to_list()
+    picture('factors', see.factor_cards(units, *frames, sae.frame('items'), sae.frame('explain/factor_truth'), three, sae.title))
     hard = pair_hardness(data, examples(data, 'pick_one', 'train', seed=0), DEFAULTS).sort('delta')
     ends = [hard[c].gather(k) for c in ('chosen_item', 'rejected_item') for k in ([0, 1, 2], [-3, -2, -1])]
     picture('hardness', hardness_distribution(hard, thumbnails(data, np.concatenate(ends).tolist()), title=data.title))
@@ -48,8 +49,7 @@ def main():
     picture('false_negatives', false_negatives({k: Preferring(base, data, settled(s)).probe(0) for k, s in ways.items()}, title=data.title))
     shot = project_root()/'runs'/'screenshots'/'explore_data_1280.png'
     if shot.exists():
-        found = Image.open(shot).convert('RGB'); grey = np.asarray(found.convert('L')); left = 60
-        ends = np.flatnonzero((grey[:, left:1180] < 200).any(1)); keep('explore_data', found.crop((left, 150, 1230, min(int(ends.max()) + 20, 1400))).resize((860, 860*1250//1170)))
+        keep('explore_data', Image.open(shot).crop((112, 212, 1232, 1382)).resize((860, 898)))
     else: print(f'explore_data.png stays as it is: {shot} is not there')
 
 if __name__ == '__main__': main()

@@ -14,9 +14,9 @@ import ipywidgets as W, numpy as np, polars as pl, torch
 from fastcore.basics import patch
 from ..core.errors import WorkbenchError
 from ..core.record import Run, load_run
-from ..data import Dataset, load_dataset
+from ..data import Dataset
 from ..data.batches import Batch
-from ..data.features import add_features
+from ..data.features import recorded_data
 from .data import Finder
 from .shell import Message, Picker, Shelf, Strip, chart, friendly, hint, live, row, show, tiles
 from ..models.duaf_mat import DuAFMAT, Table
@@ -83,10 +83,7 @@ def run_and_data(run: str|Run, data: Dataset|None=None) -> tuple: # run, data, m
     module, _, function = i.get('loader', '').partition(':')
     if module not in ('mmrec_wb.training.recommender', 'mmrec_wb.training.rodpo'):
         raise WorkbenchError(f'{run.path.name} is a run of {i["method"]}, no recommender over modalities: give a run of train_duaf_mat, or of hm4sr')
-    if data is None:
-        planted = dict(planted_seed=i['planted_seed']) if i['source'] == 'planted' else {}
-        data = load_dataset(i['dataset'], source=i['source'], max_users=i.get('max_users'), **planted)
-        if i.get('modalities'): add_features(data, encoders=dict(zip(('text', 'image'), i['encoders'])))
+    if data is None: data = recorded_data(i, bool(i.get('modalities')))
     return run, data, getattr(importlib.import_module(module), function)(run, data)
 
 # %% ../../nbs/explore/modalities.ipynb #6d4c3fa9

@@ -141,7 +141,8 @@ function render({model, el}) {
   function draw() {
     const had = [...strip.children].indexOf(document.activeElement);
     strip.replaceChildren(...model.get('tiles').map((t, k) => {
-      const b = document.createElement('button'); b.type = 'button'; b.className = 'wb-tile' + (t.faded ? ' wb-faded' : '') + (t.marked ? ' wb-marked' : ''); b.title = t.title;
+      const b = document.createElement('button'); b.type = 'button'; b.title = t.title;
+      b.className = 'wb-tile' + (t.faded ? ' wb-faded' : '') + (t.marked ? ' wb-marked' : '');
       line(b, 'wb-above', t.above);
       const box = document.createElement('div'); box.className = 'wb-box'; b.append(box);
       if (t.uri) { const i = document.createElement('img'); i.src = t.uri; i.alt = ''; box.append(i); }

@@ -18,9 +18,8 @@ from ..core.errors import WorkbenchError, unknown
 from ..core.paths import atomic_write
 from ..core.record import Run
 from ..core.seeds import rng, set_seed
-from ..data import load_dataset
 from ..data.encoders import ENCODERS
-from ..data.features import add_features
+from ..data.features import recorded_data
 from ..preference.sae import Factors, Sae, fit_sae, projection, unit_rows
 from .hanorec import opened, pick_device, thumbnails, vectors_digest
 
@@ -203,10 +202,7 @@ def load_factors(
     i = run.info
     if i['method'] != 'sae': raise WorkbenchError(f'{run.path.name} is a run of {i["method"]}, not of train_sae: name one that begins with sae-')
     if not run.finished: raise WorkbenchError(f'{run.path.name} is not finished: run it again')
-    if data is None:
-        planted = dict(planted_seed=i['planted_seed']) if i['source'] == 'planted' else {}
-        data = load_dataset(i['dataset'], source=i['source'], max_users=i.get('max_users'), **planted)
-        add_features(data, encoders=dict(zip(('text', 'image'), i['encoders'])))
+    if data is None: data = recorded_data(i)
     if data.fingerprint != i['fingerprint']:
         raise WorkbenchError(f'{run.path.name} was trained on other data than {data} (fingerprint {i["fingerprint"]}); give the same: load_factors(run, data)')
     check_features(data, run.params['visual'], run.params['kind'])

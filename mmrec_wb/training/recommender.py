@@ -15,9 +15,8 @@ from ..core.paths import atomic_write, cache_dir
 from ..core.processes import processes, together
 from ..core.record import Run, own_code
 from ..core.seeds import rng, set_seed
-from ..data import load_dataset
 from ..data.encoders import ENCODERS
-from ..data.features import add_features
+from ..data.features import recorded_data
 from ..models import get_model
 from ..models.moe import active_parameters, total_parameters
 from ..models.pop import Pop
@@ -146,11 +145,9 @@ def load_model(
     weights: dict|None=None # default: the run's
 ): # the model, with its best weights, on the CPU and in evaluation mode
     "The model of a recorded run."
-    i, params = run.info, run.params if params is None else params; planted = dict(planted_seed=i['planted_seed']) if i['source'] == 'planted' else {}
+    i, params = run.info, run.params if params is None else params
     Model = get_model(params['model'])
-    if data is None:
-        data = load_dataset(i['dataset'], source=i['source'], max_users=i.get('max_users'), **planted)
-        if getattr(Model, 'uses_features', False): add_features(data, encoders=dict(zip(('text', 'image'), i['encoders'])))
+    if data is None: data = recorded_data(i, getattr(Model, 'uses_features', False))
     if data.fingerprint != i['fingerprint']:
         raise WorkbenchError(f'{run.path.name} was trained on other data than {data} (fingerprint {i["fingerprint"]}); give the same: load_model(run, data)')
     net = build(Model, data, {k: v for k, v in params.items() if k in own_settings(params['model'])}, i['seed'])
