@@ -134,12 +134,14 @@ def curve_figure(curves: Curves, paths: dict, metric: tuple|None, empty: str='No
     fig = go.Figure(layout=dict(template=TEMPLATE, autosize=True, height=420, margin=dict(l=64, r=24, t=44, b=52 + 20*len(paths)),
         title=dict(text=f'<b>{escape(what)}</b>', font_size=13, pad=dict(l=8, t=8)), hovermode='x unified', showlegend=True,
         legend=dict(orientation='v', x=0, xanchor='left', yref='container', y=.01, yanchor='bottom'),
-        xaxis=dict(title_text='epoch' if metric and metric[0] == 'train' else 'step', showgrid=False)))
+        xaxis=dict(title_text='epoch' if metric and metric[0] == 'train' else 'step', showgrid=False, visible=bool(metric)), yaxis_visible=bool(metric)))
+    last = 0
     for k, (label, path) in enumerate(paths.items()):
         f = curves.of(path, *metric) if metric else pl.DataFrame(dict(step=[], value=[])); colour = TEMPLATE.layout.colorway[k % 6]
         fig.add_scatter(x=f['step'].to_list(), y=f['value'].to_list(), name=escape(label), mode='lines+markers' if len(f) < 25 else 'lines',
             line=dict(color=colour, width=2, dash=DASHES[k//6 % 3]), marker=dict(size=5, color=colour), hovertemplate='%{y:.4g}')
-    return fig
+        last = max([last, *f['step'].to_list()])
+    return fig.update_xaxes(tickmode='linear' if 0 < last <= 12 else 'auto', tick0=0, dtick=1)        # no half epochs
 
 # %% ../../nbs/explore/runs.ipynb #157e0f11
 def _plain(v): return '–' if v is None else v if isinstance(v, str) else f'{v:g}' if isinstance(v, float) else json.dumps(v, default=str)
