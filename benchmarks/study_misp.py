@@ -87,7 +87,8 @@ def readme_row(
 ) -> str:
     "The README's line for a study: AUC, mean ± sd over seeds."
     m = {r['arm']: r for r in summary.to_dicts()}; one = summary.row(0, named=True)
-    return f"| {one['dataset']} | {one['users']:,} | " + ' | '.join(f"{m[a]['auc']:.3f} ± {m[a]['auc_sd']:.3f}" if a in m else '–' for a in ARMS) + ' |'
+    said = lambda r: '–' if r is None else f"{r['auc']:.3f}" + (f" ± {r['auc_sd']:.3f}" if r['auc_sd'] is not None else '')
+    return f"| {one['dataset']} | {one['users']:,} | " + ' | '.join(said(m.get(a)) for a in ARMS) + ' |'
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
