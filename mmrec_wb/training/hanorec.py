@@ -245,12 +245,12 @@ def _finish(run, data, model, processor, s, whole, sft=None):
         run.finish(); shutil.rmtree(run.path/'checkpoint', ignore_errors=True)
     together()
 
-def finish_preference(run, data, policy, processor, s, sft):
-    "Save what stage 2 learned beside what SFT did, evaluate on the questions of `sft`, close the run."
+def finish_preference(run, data, policy, processor, s, sft, before):
+    "Save what stage 2 learned beside what SFT did, evaluate beside `before`, the ranks of SFT, close the run."
     if processes()[0] == 0:
         policy.save_pretrained(run.path/'adapter')
         if (sft.path/'adapter').exists(): shutil.copytree(sft.path/'adapter', run.path/'adapter_sft', dirs_exist_ok=True)
-    _finish(run, data, policy.merge_and_unload(), processor, s, s['backbone'] == 'tiny', sft.frame('ranks'))
+    _finish(run, data, policy.merge_and_unload(), processor, s, s['backbone'] == 'tiny', before)
 
 def load_model(run: Run) -> tuple: # model, processor
     "The model of a recorded run, ready to answer."
@@ -344,7 +344,7 @@ def train_preference(
         if run.finished: return run
         from trl import DPOConfig
         from mmrec_wb.training.trl_trainers import PreferenceTrainer, as_dataset, trainer_args
-        model, processor = sft.model()
+        (model, processor), before = sft.model(), sft.frame('ranks')                     # a damaged file is found now, not after training
         model.to(s['device'])                                                             # for the vectors of `hardness_from='backbone'`
         hard = pair_hardness(data, train, DEFAULTS | {k: v for k, v in s.items() if v is not None}, model, processor)
         run.save('explain/hardness', hard); run.save('items', _shown(data, hard, test))
@@ -359,5 +359,5 @@ def train_preference(
             processing_class=processor, data_collator=collate,
             peft_config=lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']), loss=s['loss'], beta=s['beta'], settings=extras_of(s).settings,
             **{k: s[k] for k in ('noise', 'noise_on', 'eta_over') if s[k] is not None})
-        finish_preference(run, data, fit(trainer, run, 'preference', CURVES, s['loss']), processor, s, sft)
+        finish_preference(run, data, fit(trainer, run, 'preference', CURVES, s['loss']), processor, s, sft, before)
     return run

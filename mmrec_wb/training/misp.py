@@ -117,7 +117,7 @@ def train_misp(
         if run.finished: return run
         from trl import DPOConfig
         from mmrec_wb.training.trl_trainers import PictureTrainer, as_dataset, trainer_args
-        (model, processor), e, (ids, logq) = sft.model(), extras_of(own), picture_negatives(data, train, own, s['seed'], factors)
+        (model, processor), before, e, (ids, logq) = sft.model(), sft.frame('ranks'), extras_of(own), picture_negatives(data, train, own, s['seed'], factors)
         collate = Collator(data, processor, 'pictures')
         rows = train.with_columns(negative=pl.Series(ids.tolist()), logq=pl.Series(logq.tolist())).to_dicts()
         where, every, args = arguments(run, s, len(rows), own['preference_epochs'], own['preference_lr'], dataloader_drop_last=len(rows) > s['batch_size'])
@@ -126,7 +126,7 @@ def train_misp(
             loss=own['loss'], beta=own['beta'], settings=e.settings, lambda_text=own['lambda_text'], text_side=own['text_side'], pool_size=own['prefilter'])
         policy = fit(trainer, run, 'preference', CURVES, 'MISP-DPO')
         if processes()[0] == 0: explain(run, data, train, test, own, s, factors, trainer, policy, collate)
-        finish_preference(run, data, policy, processor, s, sft)
+        finish_preference(run, data, policy, processor, s, sft, before)
     return run
 
 # %% ../../nbs/training/misp.ipynb #55730022
