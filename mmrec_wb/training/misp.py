@@ -13,11 +13,9 @@ from ..core.errors import WorkbenchError, unknown
 from ..core.processes import processes
 from ..core.record import Run, load_run, own_code
 from ..core.seeds import rng
-from ..data.encoders import ENCODERS
 from ..mllm.backbones import lora_config
 from ..mllm.prompts import Collator
 from ..mllm.tasks import with_picture
-from ..preference import losses
 from ..preference.adaptive import Extras
 from ..preference.negatives import sample, selection_frame
 from .factors import load_factors, train_sae

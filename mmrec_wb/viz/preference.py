@@ -235,7 +235,8 @@ def margin_curves(
 # %% ../../nbs/viz/preference.ipynb #39cd3e58
 def loss_curves(
     metrics: pl.DataFrame, # step, split, name, value; the losses of the splits 'sft' and 'preference'
-    title: str=''          # e.g. run.title
+    title: str='',         # e.g. run.title
+    start=(math.log(2), 'ln 2') # what the preference loss is where the policy is the reference, and its name (DPO's); None: no line
 ) -> go.Figure:
     "The losses of both stages, side by side; a stage that was not run is left out."
     stages = [(s, curves(metrics, s, 'loss')) for s in ('sft', 'preference')]
@@ -253,7 +254,7 @@ def loss_curves(
         heading(fig, dict(sft='1. Supervised fine-tuning', preference='2. Preference optimisation')[split], left, 1)
         fig.update_layout({f'yaxis{n}_title_text': 'loss'})
         _smoothed(fig, rows, 'loss', dict(sft=BLUE, preference=VERMILLION)[split], (x, y), 'legend' + n)
-        refs = [math.log(2)] if split == 'preference' else []
-        if refs: _reference(fig, refs[0], 'ln 2', (x, y))
+        refs = [start[0]] if split == 'preference' and start else []
+        if refs: _reference(fig, *start, (x, y))
         fig.update_layout({f'yaxis{n}_range': axis_range(rows['loss'].drop_nulls(), refs=refs)})
     return fig
