@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..core.errors import WorkbenchError, unknown
 from ..core.paths import disk_errors, project_root, resolve
 from ..core.record import Run, run_hash, usage
-from .studies import _execute, _name, _place, _state, _write, parameters_of, runs_in
+from .studies import cell_name, cell_state, execute_cell, notebook_place, parameters_of, runs_in, write_state
 
 # %% ../../nbs/training/jobs.ipynb #22b5ccd6
 def find_notebook(
@@ -36,14 +36,14 @@ def job(
     file, params = find_notebook(notebook), dict(params or {}); names = parameters_of(file) if params else []
     if odd := [n for n in params if n not in names]: raise unknown(f'parameter of {file.name}', odd[0], names)
     folder, own = resolve(params.get('out_dir') or 'runs'), {k: v for k, v in params.items() if k != 'out_dir'}
-    seed = own.get('seed', 0); digest = run_hash(notebook=_place(file), params=own, seed=seed)
-    name = _name(file.stem, own, {n: 0 for n in own if n != 'seed'}, seed if type(seed) is int else 0, digest)
+    seed = own.get('seed', 0); digest = run_hash(notebook=notebook_place(file), params=own, seed=seed)
+    name = cell_name(file.stem, own, {n: 0 for n in own if n != 'seed'}, seed if type(seed) is int else 0, digest)
     if out and Path(out).suffix != '.ipynb': raise WorkbenchError(f'--out {out}: name a notebook, e.g. {Path(out).with_suffix(".ipynb")}')
     output = resolve(out) if out else folder/'notebooks'/f'{name}.ipynb'
     if output == file: raise WorkbenchError(f'{out} is the notebook itself: choose another output')
     files = {k: str(output.with_suffix(s)) for k, s in dict(output='.ipynb', state='.json', log='.log').items()}
-    return dict(name=name, notebook=_place(file), params=params, seed=seed, folder=str(folder), **files,
-        given=params | dict(PAPERMILL_OUTPUT_PATH=_place(output)), attempts=_state(files['state']).get('attempts', 0))
+    return dict(name=name, notebook=notebook_place(file), params=params, seed=seed, folder=str(folder), **files,
+        given=params | dict(PAPERMILL_OUTPUT_PATH=notebook_place(output)), attempts=cell_state(files['state']).get('attempts', 0))
 
 # %% ../../nbs/training/jobs.ipynb #bed23b35
 def runs_of(cell: dict) -> list[Run]: # the newest last
@@ -51,7 +51,7 @@ def runs_of(cell: dict) -> list[Run]: # the newest last
     out = []
     for file in Path(cell['folder']).glob('*/run.json'):
         with contextlib.suppress(WorkbenchError): out.append(Run(file.parent))
-    mine = _place(cell['output'])
+    mine = notebook_place(cell['output'])
     return sorted((r for r in out if r.info.get('notebook') == mine), key=lambda r: (str(r.info.get('started')), (r.path/'run.json').stat().st_mtime))
 
 def last_numbers(run: Run) -> str: # e.g. 'train 12: loss 3.21'; empty if there are none yet
@@ -115,7 +115,7 @@ def _alone(cell):
             try: yield
             finally: lock.unlink(missing_ok=True)
     except Timeout:
-        pid = _state(cell['state']).get('pid')
+        pid = cell_state(cell['state']).get('pid')
         raise WorkbenchError(f'this notebook is running with these parameters already (process {pid}): wait for it, or stop it') from None
 
 def perform(
@@ -125,16 +125,16 @@ def perform(
     "Run a job in this process, to its end."
     with _alone(cell):
         start, cpu = time.time(), usage()['cpu_seconds']; cell['attempts'] += 1
-        told = dict(output=_place(cell['output']), pid=os.getpid(), born=psutil.Process().create_time())
-        _write(cell, status='running', **told)
+        told = dict(output=notebook_place(cell['output']), pid=os.getpid(), born=psutil.Process().create_time())
+        write_state(cell, status='running', **told)
         with _interrupts() as said:
-            try: problem = _execute(cell, progress_bar=progress, engine_name=_engine(cell), start_timeout=600)
+            try: problem = execute_cell(cell, progress_bar=progress, engine_name=_engine(cell), start_timeout=600)
             except KeyboardInterrupt: problem = 'KeyboardInterrupt'
         status = 'stopped' if said['stopped'] and problem else 'failed' if problem else 'finished'
         runs = [r.path.name for r in runs_of(cell)] if problem else runs_in(cell['output'], Path(cell['folder']))
-        _write(cell, status=status, problem=problem if status == 'failed' else None, runs=runs, wall_seconds=round(time.time() - start, 2),
+        write_state(cell, status=status, problem=problem if status == 'failed' else None, runs=runs, wall_seconds=round(time.time() - start, 2),
             cpu_seconds=round(usage()['cpu_seconds'] - cpu, 2), **told)
-    return _state(cell['state'])
+    return cell_state(cell['state'])
 
 # %% ../../nbs/training/jobs.ipynb #4402fdbb
 _started = []   # processes of ours: kept, so that they are reaped
@@ -149,7 +149,7 @@ def launch(cell: dict): # of `job`
                 stdout=log, stderr=log, cwd=project_root(), start_new_session=True)
     _started[:] = [q for q in _started if q.poll() is None] + [p]
     with contextlib.suppress(psutil.Error):
-        _write(cell, status='running', output=_place(cell['output']), pid=p.pid, born=psutil.Process(p.pid).create_time())
+        write_state(cell, status='running', output=notebook_place(cell['output']), pid=p.pid, born=psutil.Process(p.pid).create_time())
 
 def child():
     "The process of a job that was launched."
@@ -166,11 +166,11 @@ def _process(state):
 
 def job_state(cell: dict) -> dict: # status: new, running, paused, stopped, failed, finished; problem, runs, ...
     "How a job is doing; one whose process is gone without a word is stopped."
-    state = _state(cell['state'])
+    state = cell_state(cell['state'])
     if state.get('status') not in ('running', 'finished', 'failed', 'stopped'): return state | dict(status='new')
     if state['status'] != 'running': return state
     if p := _process(state): return state | dict(status='paused' if p.status() == psutil.STATUS_STOPPED else 'running')
-    again = _state(cell['state'])                              # it may have ended between the two looks
+    again = cell_state(cell['state'])                              # it may have ended between the two looks
     return again if again.get('status') != 'running' else again | dict(status='stopped')
 
 def _send(state, number):

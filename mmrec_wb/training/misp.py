@@ -121,7 +121,8 @@ def train_misp(
         where, every, args = arguments(run, s, len(rows), own['preference_epochs'], own['preference_lr'], dataloader_drop_last=len(rows) > s['batch_size'])
         trainer = PictureTrainer(model, args=trainer_args(DPOConfig, where, every, beta=own['beta'], **args), train_dataset=as_dataset(rows),
             processing_class=processor, data_collator=collate, peft_config=lora_config(s['lora_rank'], s['lora_alpha'], s['lora_dropout']),
-            loss=own['loss'], beta=own['beta'], settings=e.settings, lambda_text=own['lambda_text'], text_side=own['text_side'], pool_size=own['prefilter'])
+            loss=own['loss'], beta=own['beta'], settings=e.settings, lambda_text=own['lambda_text'], text_side=own['text_side'],
+            pool_size=own['prefilter'] and min(own['prefilter'], int(with_picture(data).sum()) - 1))
         policy = fit(trainer, run, 'preference', CURVES, 'MISP-DPO')
         if processes()[0] == 0: explain(run, data, train, test, own, s, factors, trainer, policy, collate)
         finish_preference(run, data, policy, processor, s, sft, before)
