@@ -272,7 +272,8 @@ def _dragged(self: HardnessView, xs):
 def _relaid(self: HardnessView, told): # plotly tells of a drag twice; on a busy page the other message is lost now and then
     if not (drawn := ((told or {}).get('relayout_data') or {}).get('selections')): return
     last = drawn[-1]; at = re.match(r'M(-?[\d.e-]+)', last.get('path') or '')                           # a path: hardly a drag
-    self._dragged((float(at[1]),)*2 if at else (last.get('x0'), last.get('x1'))); self.fig.layout.selections = [] # else the next drag would move that one
+    self._dragged((float(at[1]),)*2 if at else (last.get('x0'), last.get('x1')))
+    self.fig.plotly_relayout(dict(selections=[]))                                                      # else a drag that begins within it moves it
 
 @patch
 def _end(self: HardnessView, which):

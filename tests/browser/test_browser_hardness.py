@@ -33,6 +33,9 @@ def test_explore_hardness(notebook):
     s.does('click a bar', lambda: s.point('chart', max(range(40), key=bars().__getitem__)), lambda: len(inside(s)) == 1)
     bar = inside(s); s.does('the easiest twentieth', lambda: s.part('easiest').click(), lambda: inside(s) and inside(s) != bar)
     s.does('all', lambda: s.part('whole').click(), lambda: len(inside(s)) == 40)
+    for what, (low, high) in {'drag over the bars': (.1, .7), 'drag from within the brush': (.3, .5)}.items():
+        s.does(what, lambda: drag(s, low, high), lambda: inside(s) and abs(inside(s)[0] - 40*low) < 2 and abs(inside(s)[-1] + 1 - 40*high) < 2)
+    s.does('all of them again', lambda: s.part('whole').click(), lambda: len(inside(s)) == 40)
     was, step = bars(), s.part('step', '.noUi-handle')
     s.does('the step before', lambda: [step.focus(), s.page.keyboard.press('ArrowLeft')], lambda: 'epoch 1' in says() and bars() != was)
     s.does('another measure', lambda: choose(s, 'measure', 'rank'), lambda: 'rank' in s.text('brush_said') and 'epoch 1' in says())
