@@ -51,9 +51,10 @@ def known_chart(truth: pl.DataFrame, unit: int, pair: bool, most: int=8) -> go.F
     return fig.update_layout(xaxis=dict(range=[.5, 1.01], title_text='AUC (orange: switched off by it)'),
         yaxis=dict(tickvals=list(range(len(rows))), ticktext=[shorten(n, 26) for n in names], autorange='reversed', showgrid=False))
 
-def apart_chart(z: np.ndarray, mean: np.ndarray, names: list, unit: int, most: int=10) -> go.Figure: # names: of all units
-    "Which units tell a pair apart: those that are on far more than usual."
-    over = z - mean; at = np.argsort(-over, kind='stable')[:most]; fig = chart('Units that tell this pair apart', height=270, margin_l=236, bargap=.3)
+def apart_chart(z: np.ndarray, mean: np.ndarray, names: list, unit: int, most: int=10, pair: bool=True) -> go.Figure: # names: of all units
+    "Which units tell a pair (or an item) apart: those that are on far more than usual."
+    over = z - mean; at = np.argsort(-over, kind='stable')[:most]; said = 'tell this pair apart' if pair else 'are on for this item'
+    fig = chart(f'Units that {said}', height=270, margin_l=236, bargap=.3)
     fig.add_bar(orientation='h', y=list(range(len(at))), x=over[at].tolist(), customdata=[[int(u), float(z[u]), float(mean[u])] for u in at],
                 marker_color=[VERMILLION if u == unit else BLUE for u in at],
                 hovertemplate='unit %{customdata[0]}: z %{customdata[1]:.2f}, usually %{customdata[2]:.2f}<extra></extra>')
@@ -148,7 +149,8 @@ def _show_pair(self: FactorView):
     if p is None: self.pair_card.value = ''; self.pair_said.say('' if self.shown else 'nothing switches this unit on'); return
     self.pair_card.value = compared(self.shelf, _both(p), self.data)
     if self.read is None: self.pair_said.say('to see which units tell it apart, give the data set, too: explore_factors(run, data)'); return
-    self.pair_said.say(''); redraw(self.apart, apart_chart(self.said_of(p), self.factors['mean'].to_numpy().astype(float), self.names, self.unit.value))
+    self.pair_said.say(''); usual = self.factors['mean'].to_numpy().astype(float)
+    redraw(self.apart, apart_chart(self.said_of(p), usual, self.names, self.unit.value, pair=self.pair))
 
 # %% ../../nbs/explore/factors.ipynb #28cd8e7a
 @patch

@@ -64,7 +64,8 @@ TABLE_CSS = f'''
 .wb-table td {{ padding: 2px 6px; white-space: nowrap; max-width: 340px; overflow: hidden; text-overflow: ellipsis; cursor: pointer }}
 .wb-table .wb-num {{ text-align: right; font-variant-numeric: tabular-nums }}
 .wb-table tbody tr:hover {{ background: rgba(128, 128, 128, .12) }}
-.wb-table tr.wb-on {{ background: rgba(0, 114, 178, .16) }}
+.wb-table tbody tr.wb-on {{ background: rgba(0, 114, 178, .16) }}
+.wb-table tbody tr.wb-on:hover {{ background: rgba(0, 114, 178, .24) }}
 '''
 
 class Table(anywidget.AnyWidget):
