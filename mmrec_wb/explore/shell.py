@@ -278,7 +278,7 @@ def compared(
 ) -> str: # HTML
     "Titles and, on planted data, the levels; those that differ are bold."
     cells = [['', *called]]*bool(called) + [['' if not called else 'title'] + [shelf.title(i) for i in ids]]; truth, raw = None, None
-    if data is not None and 'items' in data.truth:
+    if data is not None and 'items' in (data.truth or {}):
         raw = [data.catalogue['raw_id'][i] for i in ids]; truth = data.truth['items'].filter(pl.col('asin').is_in(raw))
         by = {t['asin']: t for t in truth.to_dicts()}; cells += [[f] + [str(by.get(r, {}).get(f, '–')) for r in raw] for f in FACTORS if f in truth.columns]
     elif any(shelf.category(i) for i in ids): cells.append(['category'] + [shelf.category(i) or '–' for i in ids])

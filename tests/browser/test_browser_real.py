@@ -1,6 +1,7 @@
 "The explorers on all of Toys (12,000 items, 20,000 users): `make test-real`; MMREC_TIMINGS keeps how long each interaction took."
 import os
 import pytest
+from test_browser_hardness import choose, drag, inside
 from test_browser_modalities import titles, weights
 
 pytestmark = [pytest.mark.browser, pytest.mark.real, pytest.mark.slow]
@@ -31,3 +32,29 @@ def test_explore_modalities_on_toys(notebook, tmp_path):
     s.does('undo', lambda: s.part('undo').click(), lambda: weights(s) == was)
     s.does('three years before it', lambda: s.part('gap', 'select').select_option('3 years'), lambda: weights(s) != was)
     s.does('type a text to find users', lambda: s.part('user', 'input').fill('lego'), lambda: '19,412' not in s.text('user'))
+
+def test_explore_hardness_on_toys(notebook, tmp_path):
+    small = f'base_epochs=1, epochs=1, d=16, heads=1, layers=1, max_len=20, out_dir={str(tmp_path)!r}, device="cpu"'
+    load = LOAD + f'''
+from mmrec_wb.explore import explore_hardness
+from mmrec_wb.training.rodpo import train_rodpo
+hard, easy = (train_rodpo(data, 'sasrec', strategy=x, {small}) for x in ('topk', 'uniform'))'''
+    s = notebook('real_toys_hardness', [load, 'explore_hardness(hard, easy, data=data)'])
+    s.until(lambda: len(s.tiles('pairs')) == len(s.tiles('pairs_beside')) == 12 and len(inside(s)) == 40); s.shots()
+    s.does('the hardest twentieth', lambda: s.part('hardest').click(), lambda: 0 < len(inside(s)) < 40)
+    low, high = .3, .6
+    s.does('drag over the bars', lambda: drag(s, low, high), lambda: inside(s) and abs(inside(s)[0] - 40*low) < 2 and abs(inside(s)[-1] + 1 - 40*high) < 2)
+    s.does('all', lambda: s.part('whole').click(), lambda: len(inside(s)) == 40)
+    s.does('another measure', lambda: choose(s, 'measure', 'rank'), lambda: 'rank' in s.text('brush_said'))
+    s.does('click a pair', lambda: s.part('pairs', '.wb-tile:nth-child(3)').click(), lambda: s.tiles('pairs')[2]['picked'])
+
+def test_explore_factors_on_toys(notebook, tmp_path):
+    load = LOAD + f'''
+from mmrec_wb.explore import explore_factors
+from mmrec_wb.training.factors import train_sae
+run = train_sae(data, visual="text", units=32, epochs=1, out_dir={str(tmp_path)!r}, device="cpu", progress=False)'''
+    s = notebook('real_toys_factors', [load, 'explore_factors(run, data)']); s.until(lambda: len(s.tiles('pairs')) > 3 and s.figure('map')['points'] >= 32)
+    head = lambda: s.text('head'); was = head(); s.shots()
+    s.does('pick a unit in the list', lambda: s.part('unit', 'select').select_option(index=3), lambda: head() != was)
+    apart = lambda: s.figure('apart')['traces'][0]['x']; had = apart()
+    s.does('click a pair', lambda: s.part('pairs', '.wb-tile:nth-child(2)').click(), lambda: apart() != had)
