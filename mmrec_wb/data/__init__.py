@@ -105,8 +105,9 @@ def _entries(path, ours=None) -> dict:
             base = entry['derived'].get('from')
             if base not in whole: raise unknown(f'data set to derive {name} from in {path}', base, whole)
             known[name] = entry = {k: v for k, v in whole[base].items() if k != 'planted'} | entry
-        for key in ('format', 'files', 'where'):
+        for key in ('format', 'files'):
             if key not in entry: raise WorkbenchError(f'{path}: [{name}] has no {key!r}; add it as the other data sets have it')
+        known[name] = entry = dict(where='the files of your own') | entry
         if entry['format'] not in READERS: raise unknown(f'format of {name} in {path}', entry['format'], READERS)
         if lost := [k for k in READERS[entry['format']][1] if k not in entry['files']]:
             raise WorkbenchError(f'{path}: the files of [{name}] lack {lost[0]!r}; format {entry["format"]} needs {" and ".join(READERS[entry["format"]][1])}')
@@ -198,7 +199,10 @@ def load_dataset(
 ) -> Dataset:
     "A data set by name, clean and numbered."
     known = registry(data_dir=data_dir)
-    if name not in known: raise unknown('data set', name, known)
+    if name not in known:
+        yours = data_folder(data_dir)[0]/'datasets.toml'; lacks = 'does not have it' if yours.is_file() else 'is not there'
+        raise unknown('data set', name, known,
+                      f'{yours} {lacks}: one of your own needs a part [{name}] there (data/README.md); another folder: data_dir or MMREC_DATA')
     if source not in ('auto', 'raw', 'planted'): raise unknown('source', source, ['auto', 'raw', 'planted'])
     entry = known[name]; o = _options({k: v for k, v in entry.get('derived', {}).items() if k != 'from'} | overrides)
     source, files = _choose(name, entry, source, *data_folder(data_dir))

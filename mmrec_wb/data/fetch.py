@@ -6,7 +6,7 @@
 __all__ = ['LOOPBACK', 'TIMEOUT', 'TRIES', 'CHUNK', 'allowed', 'by_hand', 'sha256_of', 'download', 'fetch']
 
 # %% ../../nbs/data/fetch.ipynb #51e258d7
-import hashlib, http.client, os, re, shutil, time, urllib.error, urllib.parse, urllib.request, zipfile
+import contextlib, hashlib, http.client, os, re, shutil, time, urllib.error, urllib.parse, urllib.request, zipfile
 from pathlib import Path
 from tqdm import tqdm
 from ..core.errors import WorkbenchError, unknown
@@ -128,7 +128,10 @@ def fetch(
     if 'archive' not in entry: print(by_hand(base, entry, folder)); return {}
     url, sha256, size = _archive(name, entry)
     print(f'{base}: {size/1e6:.1f} MB from {url}. Licence: {entry.get("licence", "see " + entry["where"])}.')
-    zipped = download(url, folder/base/f'{base}.zip', sha256, size, progress)
+    try: zipped = download(url, folder/base/f'{base}.zip', sha256, size, progress)
+    except WorkbenchError:
+        with contextlib.suppress(OSError): (folder/base).rmdir()          # empty: nothing came
+        raise
     _unpack(zipped, folder/base, entry['files'].values()); zipped.unlink()
     return find_files(name, entry, folder)
 

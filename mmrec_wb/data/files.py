@@ -34,7 +34,7 @@ def lines(
             packed = raw.read(2) == b'\x1f\x8b'; raw.seek(0)
             for number, line in enumerate(gzip.open(raw) if packed else raw, 1):
                 if text := line.decode(encoding).strip('\r\n\t \ufeff'): yield number, text
-    except UnicodeDecodeError as e: raise bad_line(path, number, f'no {encoding} text ({e.reason})') from None
+    except UnicodeDecodeError as e: raise bad_line(path, number, f'no {encoding} text ({e.reason})', f'save the file as {encoding.upper()}') from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise WorkbenchError(f'{path}:{number + 1}: the gz file is cut off or damaged ({e}); get it again') from None
     except OSError as e: raise WorkbenchError(f'{path} cannot be read ({e.strerror}); check the path and its permissions') from None

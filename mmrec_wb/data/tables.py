@@ -83,7 +83,7 @@ def read_tables(
     catalogue = log.select(raw_id=pl.col('item').unique().sort().cast(pl.String)).join(known, on='raw_id', how='left', maintain_order='left')
     if lost := set(catalogue.filter(pl.col('title').is_null())['raw_id']):
         line, item = next((n, i) for n, row in table(interactions, LOG) if (i := ident(row['item'])) in lost)
-        raise bad_line(interactions, line, f'item {item!r:.60} is not in {items} ({len(lost):,} such items)',
+        raise bad_line(interactions, line, f'item {item!r:.60} is not in {items} ({len(lost):,} missing)',
                        'add it there, with an empty title if it has none, or remove its interactions')
     pictures = picture_files(Path(interactions).parent/'images')
     return log, catalogue.with_columns(pl.Series('image', [pictures.get(i) for i in catalogue['raw_id']], dtype=pl.String),

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE_JS', 'TABLE_CSS', 'DASHES', 'MOST', 'EMPTY', 'Table', 'follow', 'Curves', 'names_of', 'curve_figure',
-           'differences', 'differences_html', 'notebook_link', 'held', 'status_of', 'folders_of', 'Shown', 'Runs',
-           'explore_runs']
+           'differences', 'differences_html', 'notebook_link', 'Shown', 'Runs', 'explore_runs']
 
 # %% ../../nbs/explore/runs.ipynb #ddd2d6e8
 import asyncio, html, json, os, re
@@ -14,7 +13,7 @@ import anywidget, ipywidgets as W, plotly.graph_objects as go, polars as pl, tra
 from fastcore.basics import patch
 from ..core.errors import WorkbenchError
 from ..core.paths import resolve
-from ..core.record import COLUMNS, Run, run_hash, runs_table, stamp
+from ..core.record import COLUMNS, Run, folders_of, run_hash, runs_table, stamp
 from .shell import friendly, hint, live, message, redraw, row, show
 from ..training.comparison import identity, labels, metrics_in
 from ..viz.theme import BLUE, GREY, INK, TEMPLATE, escape
@@ -173,22 +172,6 @@ def notebook_link(run: Run) -> str: # HTML
     return f'<a href="{html.escape(os.path.relpath(file, Path.cwd()))}">{html.escape(file.name)}</a>'
 
 # %% ../../nbs/explore/runs.ipynb #a19cb74a
-def held() -> set|None: # inodes of files that a process has locked; None where that cannot be seen
-    try: return {int(line.split()[5].split(':')[2]) for line in Path('/proc/locks').read_text().splitlines()}
-    except (OSError, IndexError, ValueError): return None
-
-def status_of(path: Path, status: str, locked: set|None) -> str: # finished, running, unfinished, damaged
-    "What to call the state of a run."
-    if status != 'running': return status
-    lock = path.parent/f'.{path.name}.lock'
-    try: return 'running' if locked is None and lock.exists() or locked is not None and lock.stat().st_ino in locked else 'unfinished'
-    except OSError: return 'unfinished'
-
-def folders_of(folder: Path) -> list: # with runs, itself first
-    "Where runs are, here and one below."
-    below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.') and not (p/'run.json').exists())
-    return [folder, *[p for p in below if next(p.glob('*/run.json'), None)]]
-
 def _cell(v, kind):
     if v is None: return ''
     how = dict(number=lambda v: f'{v:.4f}', wall_seconds=lambda v: f'{v/60:.1f}', started=lambda v: str(v).replace('T', ' '))
@@ -200,9 +183,7 @@ class Shown:
     def __init__(self, folder: Path): self.folder, self.known = folder, {}; self.read()
     def read(self) -> bool: # has anything changed?
         "Look into the folder again."
-        locked, before = held(), getattr(self, 'table', None)
-        t = runs_table(self.folder, self.known)
-        t = t.with_columns(status=pl.Series([status_of(self.folder/r, s, locked) for r, s in t.select('run', 'status').rows()], dtype=pl.String))
+        before = getattr(self, 'table', None); t = runs_table(self.folder, self.known)
         said = lambda p: ' '.join(f'{k}={_plain(v)}' for k, v in json.loads(p or '{}').items())
         texts = t.select(pl.col('run', 'dataset', 'status', 'problem').fill_null(''), 'params').rows()
         self.table, self.hay = t, [f' {" ".join(texts)} {said(p)} '.lower() for *texts, p in texts]; return before is None or not before.equals(t)

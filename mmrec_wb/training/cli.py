@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'KEYS', 'COMMANDS', 'value', 'run_notebook', 'add_run', 'read_study', 'study_arguments', 'run_study',
-           'add_study', 'show_runs', 'add_runs', 'run_fetch', 'add_fetch', 'run_doctor', 'add_doctor', 'main']
+           'add_study', 'show_runs', 'differs', 'add_runs', 'run_fetch', 'add_fetch', 'run_doctor', 'add_doctor',
+           'in_two', 'main']
 
 # %% ../../nbs/training/cli.ipynb #1f5cff68
-import argparse, os, sys, tomllib
+import argparse, json, os, sys, tomllib
 from pathlib import Path
 from ..core.errors import WorkbenchError, unknown
 
@@ -99,15 +100,26 @@ def add_study(p):
 def show_runs(a) -> int:
     "All records of a folder, a line each."
     import polars as pl
-    from mmrec_wb.core.record import runs_table
+    from mmrec_wb.core.paths import resolve
+    from mmrec_wb.core.record import folders_of, runs_table
     from mmrec_wb.training.comparison import metrics_in
-    table = runs_table(a.folder); shown = [f'{m}/model' for m in metrics_in(table)][:3]
+    table = runs_table(a.folder).with_columns(differs()); shown = [f'{m}/model' for m in metrics_in(table)][:3]
     minutes = pl.format('{}', (pl.col('wall_seconds')/60).round(1)).alias('minutes')
     whole = dict(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, fmt_str_lengths=80, float_precision=4)
     with pl.Config(**whole, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
-        print(table.select('run', 'dataset', 'status', *shown, minutes))
+        print(table.select('run', 'dataset', 'status', 'differs', *shown, minutes))
     for r in table.filter(pl.col('problem').is_not_null()).to_dicts(): print(f'{r["run"]}: {r["problem"]}')
+    for p in folders_of(resolve(a.folder))[1:]: print(f'more runs: mmrec-wb runs {_shown(p)}')
     return 0
+
+def differs(most: int=60): # an expression: the parameters in which the runs of a method and data set differ, at most so many letters
+    "To tell the runs of a study apart."
+    import polars as pl
+    def said(texts):
+        rows = [json.loads(t or '{}') for t in texts]; every = {k: [repr(r.get(k)) for r in rows] for r in rows for k in r}
+        odd = [k for k, values in every.items() if len(set(values)) > 1]
+        return pl.Series([' '.join(f'{k}={r[k]}' for k in odd if k in r)[:most] for r in rows])
+    return pl.col('params').map_batches(said, return_dtype=pl.String).over('method', 'dataset').alias('differs')
 
 def add_runs(p): p.add_argument('folder', nargs='?', default='runs', help='of runs')
 
@@ -133,6 +145,11 @@ def run_doctor(a) -> int: # exit status: 1 if something that is needed is not th
 def add_doctor(p): p.add_argument('--data-dir', dest='data_dir', help='where to look for raw files (MMREC_DATA, else data/raw)')
 
 # %% ../../nbs/training/cli.ipynb #9a6602ea
+def in_two(argv: list) -> list:
+    "`-p d=32` as `-p d 32`."
+    parts = [word.split('=', 1) if before in ('-p', '-g') and '=' in word else [word] for before, word in zip(['', *argv], argv)]
+    return [word for some in parts for word in some]
+
 COMMANDS = dict(run=('run one notebook with parameters; the same command goes on where it stopped', add_run, run_notebook),
     study=('run notebooks x parameters x seeds; the same command goes on where it stopped', add_study, run_study),
     runs=('list the runs of a folder', add_runs, show_runs),
@@ -147,7 +164,7 @@ def main(
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, (says, add, run) in COMMANDS.items(): 
         p = commands.add_parser(name, help=says, description=says, formatter_class=argparse.RawDescriptionHelpFormatter); add(p); p.set_defaults(run=run)
-    a = parser.parse_args(argv)
+    a = parser.parse_args(in_two(sys.argv[1:] if argv is None else argv))
     try: return a.run(a)
     except WorkbenchError as e: print(f'mmrec-wb: {e}', file=sys.stderr); return 2
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0      # `mmrec-wb runs | head`

@@ -130,7 +130,7 @@ def _problem(row, status):
     "Why a run cannot stand in a table, or None."
     if row['status'] == 'damaged': return row['problem']
     if lack := [k for k in ('seed', 'fingerprint') if row[k] is None]: return f'run.json has no usable {lack[0]}, so it cannot be compared'
-    if status != 'any' and row['status'] != status: return f'its status is {row["status"]}' + ' (going on, or killed)'*(row['status'] == 'running')
+    if status != 'any' and row['status'] != status: return f'its status is {row["status"]}' + ' (its command goes on)'*(row['status'] == 'unfinished')
 
 def _wanted(row, info, datasets, methods, conditions):
     plain = info['dataset'], row['dataset']

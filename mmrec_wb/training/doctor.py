@@ -104,7 +104,7 @@ def check_data(data_dir=None):
         smaller = [n for n, e in known.items() if e.get('derived', {}).get('from') == name]
         try: place = next(iter(find_files(name, entry, folder).values())).parent
         except WorkbenchError:
-            planted = '; the planted set stands in for it' if entry.get('planted') else ''
+            planted = ('; source=planted makes the built-in set' if named else '; the planted set stands in for it') if entry.get('planted') else ''
             yield finding('note', name, 'no raw files' + planted, f'mmrec-wb fetch {name}'); continue
         yield finding('ok', name, f'raw files in {place}' + (f' (also for {", ".join(smaller)})' if smaller else ''))
 

@@ -19,7 +19,7 @@ from ..core.paths import atomic_write
 from ..core.record import Run
 from ..core.seeds import rng, set_seed
 from ..data.encoders import ENCODERS
-from ..data.features import recorded_data
+from ..data.features import check_recorded, recorded_data
 from ..preference.sae import Factors, Sae, fit_sae, projection, unit_rows
 from .hanorec import opened, pick_device, thumbnails, vectors_digest
 
@@ -203,8 +203,7 @@ def load_factors(
     if i['method'] != 'sae': raise WorkbenchError(f'{run.path.name} is a run of {i["method"]}, not of train_sae: name one that begins with sae-')
     if not run.finished: raise WorkbenchError(f'{run.path.name} is not finished: run it again')
     if data is None: data = recorded_data(i)
-    if data.fingerprint != i['fingerprint']:
-        raise WorkbenchError(f'{run.path.name} was trained on other data than {data} (fingerprint {i["fingerprint"]}); give the same: load_factors(run, data)')
+    check_recorded(run, data)
     check_features(data, run.params['visual'], run.params['kind'])
     part = lambda name: {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
     try:

@@ -16,7 +16,7 @@ from ..core.processes import processes, together
 from ..core.record import Run, own_code
 from ..core.seeds import rng, set_seed
 from ..data.encoders import ENCODERS
-from ..data.features import recorded_data
+from ..data.features import check_recorded, recorded_data
 from ..models import get_model
 from ..models.moe import active_parameters, total_parameters
 from ..models.pop import Pop
@@ -148,8 +148,7 @@ def load_model(
     i, params = run.info, run.params if params is None else params
     Model = get_model(params['model'])
     if data is None: data = recorded_data(i, getattr(Model, 'uses_features', False))
-    if data.fingerprint != i['fingerprint']:
-        raise WorkbenchError(f'{run.path.name} was trained on other data than {data} (fingerprint {i["fingerprint"]}); give the same: load_model(run, data)')
+    check_recorded(run, data)
     net = build(Model, data, {k: v for k, v in params.items() if k in own_settings(params['model'])}, i['seed'])
     try: net.load_state_dict(weights) if weights else load_weights(net, run.path/'model.safetensors')
     except Exception as e: raise WorkbenchError(f'{run.path}/model.safetensors cannot be read ({str(e)[:100]}): run again with resume=False') from None
