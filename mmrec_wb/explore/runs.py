@@ -40,7 +40,7 @@ function render({model, el}) {
       const tr = make('tr', body), on = picked.includes(r.id); if (on) tr.className = 'wb-on';
       const input = make('input', make('td', tr)); input.type = 'checkbox'; input.checked = on; input.dataset.key = 'row ' + r.id;
       input.setAttribute('aria-label', 'pick ' + r.id); input.onchange = () => pick(r.id);
-      r.cells.forEach((text, k) => { const td = make('td', tr, text); if (model.get('columns')[k].numeric) td.className = 'wb-num'; td.title = text;
+      r.cells.forEach((text, k) => { const td = make('td', tr, text); if (model.get('columns')[k]?.numeric) td.className = 'wb-num'; td.title = text;
         td.onclick = () => pick(r.id); });
     }
     const x = box.scrollLeft, y = box.scrollTop; box.replaceChildren(table); box.scrollLeft = x; box.scrollTop = y;
@@ -255,8 +255,10 @@ def open(self: Runs):
 @patch
 def list(self: Runs, columns: bool=False):
     "The rows that the filters leave."
-    if columns: self.table.columns = self.shown.columns(self.column.value or '')
-    t = self.table; t.rows = self.shown.rows(self.filter.value, self.status.value, t.columns, t.sort, t.down)
+    t = self.table
+    with t.hold_sync():                                                           # one message: rows never meet columns that are not theirs
+        if columns: t.columns = self.shown.columns(self.column.value or '')
+        t.rows = self.shown.rows(self.filter.value, self.status.value, t.columns, t.sort, t.down)
     n, of = len(t.rows), self.shown.table.height; going = (self.shown.table['status'] == 'running').sum()
     typed = ' '.join(filter(None, [f'“{self.filter.value.strip()}”' if self.filter.value.strip() else '', self.status.value]))
     text = self.nothing() if not of else f'nothing matches {typed}: type less, or choose status any' if not n else ''
