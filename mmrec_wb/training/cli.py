@@ -8,7 +8,7 @@ __all__ = ['EXAMPLE', 'KEYS', 'COMMANDS', 'value', 'run_notebook', 'add_run', 'r
            'in_two', 'main']
 
 # %% ../../nbs/training/cli.ipynb #1f5cff68
-import argparse, json, os, sys, tomllib
+import argparse, json, os, re, sys, tomllib
 from pathlib import Path
 from ..core.errors import WorkbenchError, unknown
 
@@ -117,8 +117,10 @@ def differs(most: int=60): # an expression: the parameters in which the runs of 
     import polars as pl
     def said(texts):
         rows = [json.loads(t or '{}') for t in texts]; every = {k: [repr(r.get(k)) for r in rows] for r in rows for k in r}
-        odd = [k for k, values in every.items() if len(set(values)) > 1]
-        return pl.Series([' '.join(f'{k}={r[k]}' for k in odd if k in r)[:most] for r in rows])
+        odd = [k for k, values in every.items() if len(set(values)) > 1 and k != 'seed']                 # the run's name has it
+        telling = lambda v: v is not None and not re.search(r'-s\d+-[0-9a-f]{8}$', str(v))               # an earlier stage's run says nothing to a reader
+        lines = [' '.join(f'{k}={r[k]}' for k in odd if k in r and telling(r[k])) for r in rows]
+        return pl.Series([line if len(line) <= most else f'{line[:most - 1]}…' for line in lines], dtype=pl.String)
     return pl.col('params').map_batches(said, return_dtype=pl.String).over('method', 'dataset').alias('differs')
 
 def add_runs(p): p.add_argument('folder', nargs='?', default='runs', help='of runs')
