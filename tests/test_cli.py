@@ -62,7 +62,7 @@ def test_mistakes_are_one_line(tiny, tmp_path, capsys, more, says):
     assert says in err and err.count('\n') == 1 and not (tmp_path/'runs').exists()
 
 def test_other_mistakes(tiny, tmp_path, capsys):
-    for name, says in (('rodop', 'did you mean rodpo'), ('no/such.ipynb', 'is no notebook'), (str(tmp_path), 'unknown notebook')):
+    for name, says in (('rodop', 'did you mean rodpo'), ('no/such.ipynb', 'is no notebook'), (str(tmp_path), 'is no notebook')):
         assert main(['run', name]) == 2 and says in capsys.readouterr().err
     assert main(['run', tiny, '--out', tiny]) == 2 and 'the notebook itself' in capsys.readouterr().err
     (tmp_path/'bad.ipynb').write_text('{'); assert main(['run', str(tmp_path/'bad.ipynb'), '-p', 'x', '1']) == 2

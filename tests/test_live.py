@@ -19,7 +19,8 @@ def test_paused_killed_and_gone_on_with(tmp_path):
     points = lambda: (x.refresh(), len(p['figure'].data[0].x) if p['figure'].data else 0)[1]
     table = lambda: (w.refresh(), w.parts['table'].rows)[1]
     until(lambda: points() >= 2); w = explore_runs(tmp_path/'runs'); assert table()[0]['cells'][2] == 'running'
-    p['pause'].click(); assert job_state(x.cell)['status'] == 'paused' and 'paused' in p['note'].value; n = points(); time.sleep(1.5); assert points() == n
+    p['pause'].click(); until(lambda: (x.refresh(), 'paused' in p['note'].value)[1])
+    assert job_state(x.cell)['status'] == 'paused'; n = points(); time.sleep(1.5); assert points() == n
     root = psutil.Process(job_state(x.cell)['pid']); tree = [root, *root.children(recursive=True)]; assert len(tree) >= 2
     for q in tree: q.kill()                                                                    # paused, and then the machine goes down
     until(lambda: x.refresh() is False); assert 'stopped' in p['note'].value and not p['go'].disabled

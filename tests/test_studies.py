@@ -98,7 +98,8 @@ def test_one_fails_one_is_killed_one_loses_its_kernel(tiny, tmp_path):
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_study_leaves_nothing_running_and_goes_on(tiny, tmp_path, how):
     command = [COMMAND, 'study', '--notebook', tiny, '-p', 'mark', str(tmp_path/'marks'), '-g', 'x', 'a,slow,b', '--out-dir', str(tmp_path/'runs')]
-    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    hears = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)              # what is started with & in a script does not hear it
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears)
     finished = lambda: [f for f in (tmp_path/'runs').glob('notebooks/tiny*.json') if json.loads(f.read_text())['status'] == 'finished']
     until(lambda: (tmp_path/'marks'/'slow').exists() and len(finished()) == 2)
     tree = psutil.Process(p.pid).children(recursive=True); assert len(tree) >= 2

@@ -59,6 +59,8 @@ ERRORS = '''() => [...window.jupyterapp.shell.currentWidget.content.model.cells]
 FIGURE = '''g => { const a = v => v === undefined || v === null ? [] : Array.from(v._inputArray || v);
   return {title: g.layout.title?.text || '', width: g.clientWidth, points: g.querySelectorAll('.point').length,
     traces: g.data.map(t => ({type: t.type, name: t.name || '', x: a(t.x), y: a(t.y), colour: [].concat(t.marker?.color ?? t.line?.color ?? [])}))}; }'''
+LISTEN = '''() => { if (window.wbLast === undefined) for (const t of ['pointerdown', 'pointerup', 'keydown', 'input', 'change'])
+  addEventListener(t, () => { window.wbLast = performance.now(); }, true); window.wbLast = performance.now(); }'''
 TILES = '''s => [...s.querySelectorAll('.wb-tile')].map(b => ({title: b.title, above: b.querySelector('.wb-above')?.textContent || '',
   below: b.querySelector('.wb-below')?.textContent || '', picture: (b.querySelector('img')?.naturalWidth || 0) > 0, faded: b.classList.contains('wb-faded'),
   picked: b.getAttribute('aria-pressed') === 'true'}))'''
@@ -109,9 +111,9 @@ class Sheet:
         self.shot('failed'); raise AssertionError(f'{what or "it"} did not come true in {seconds} s {why}')
 
     def does(self, what: str, act, true):
-        "An interaction: act, wait for what must be seen, remember how long it took."
+        "An interaction: act, wait for what must be seen, remember how long it took from the hand's last event (a click, a key, the end of a drag)."
         assert not true(), f'{what}: what it should bring about is there already'
-        start = time.perf_counter(); act(); self.until(true, what); self.times.append((what, time.perf_counter() - start))
+        self.page.evaluate(LISTEN); act(); self.until(true, what); self.times.append((what, self.page.evaluate('performance.now() - window.wbLast')/1000))
 
     def shot(self, name: str=''):
         SHOTS.mkdir(parents=True, exist_ok=True); self.page.screenshot(path=str(SHOTS/f'{"_".join(filter(None, [self.title, name]))}.png'))
