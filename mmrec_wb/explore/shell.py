@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['EXPECTED', 'STYLE', 'STRIP_JS', 'STRIP_CSS', 'FACTORS', 'HITS', 'Message', 'message', 'friendly', 'Explorer', 'show',
-           'hint', 'row', 'chart', 'live', 'redraw', 'Strip', 'Shelf', 'tiles', 'pictures', 'side_by_side', 'cut',
-           'pair_tile', 'compared', 'Picker', 'matches']
+           'hint', 'row', 'chart', 'Live', 'live', 'redraw', 'Strip', 'Shelf', 'tiles', 'pictures', 'side_by_side',
+           'cut', 'pair_tile', 'compared', 'Picker', 'matches']
 
 # %% ../../nbs/explore/shell.ipynb #429a4219
 import base64, functools, html, io
 import anywidget, ipywidgets as W, numpy as np, plotly.graph_objects as go, polars as pl, traitlets as T
 from PIL import Image
+from plotly.basedatatypes import Undefined
 from ..core.errors import WorkbenchError
 from ..viz.theme import BLUE, GREY, INK, PALE, TEMPLATE, VERMILLION, data_uri
 
@@ -111,11 +112,18 @@ def chart(
     return go.Figure(layout=dict(template=TEMPLATE, autosize=True, height=height, margin=dict(l=margin_l, r=12, t=34, b=42),
                                  title=dict(text=f'<b>{title}</b>', font_size=13, pad=dict(l=4, t=8)), **layout))
 
+class Live(go.FigureWidget):
+    "A widget whose page is told whole values: plotly sends `_undefined_` for traces that a batch does not change, and the page takes that for theirs."
+    def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None):
+        value = lambda v, k, name: self.data[k][name] if v is Undefined else v
+        whole = {name: [value(v, k, name) for v, k in zip(vs, trace_indexes)] if isinstance(vs, list) else vs for name, vs in restyle_data.items()}
+        super()._send_update_msg(whole, relayout_data, trace_indexes, source_view_id)
+
 def live(
     fig: go.Figure # of viz
 ) -> go.FigureWidget:
     "The figure as a widget that takes the width of its place."
-    f = go.FigureWidget(fig); f._config = {**f._config, 'responsive': True, 'displaylogo': False, 'displayModeBar': False}
+    f = Live(fig); f._config = {**f._config, 'responsive': True, 'displaylogo': False, 'displayModeBar': False}
     f.layout.autosize = True; return f
 
 def redraw(
