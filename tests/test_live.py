@@ -8,7 +8,7 @@ from mmrec_wb.explore.runs import explore_runs, follow
 from mmrec_wb.training.cli import main
 from mmrec_wb.training.jobs import job, job_state, stop
 from test_cli import until
-TINY = dict(dataset='toys', source='planted', max_users=200, d=16, heads=1, layers=1, epochs=25, patience=25, device='cpu')
+TINY = dict(dataset='toys', source='planted', max_users=200, d=16, heads=1, layers=1, epochs=80, patience=80, device='cpu')
 
 def numbers(path): return load_run(path).frame('metrics').filter(split='train').filter(~pl.col('name').str.contains('seconds')).sort('name', 'step')
 
@@ -29,7 +29,7 @@ def test_paused_killed_and_gone_on_with(tmp_path):
     assert table()[0]['cells'][2] == 'finished'; [a] = (tmp_path/'runs').glob('sasrec-*'); w.parts['table'].picked = [a.name]
     assert '.ipynb</a>' in w.parts['notebooks'].outputs[0]['data']['text/html']
     assert main(['run', 'baseline', *[s for k, v in (TINY | dict(out_dir=tmp_path/'other')).items() for s in ('-p', k, str(v))]]) == 0
-    [b] = (tmp_path/'other').glob('sasrec-*'); assert a.name == b.name and numbers(a).equals(numbers(b)) and numbers(a)['step'].max() == 25
+    [b] = (tmp_path/'other').glob('sasrec-*'); assert a.name == b.name and numbers(a).equals(numbers(b)) and numbers(a)['step'].max() == 80
 
 @pytest.mark.slow
 def test_it_outlives_the_notebook(tmp_path):
