@@ -130,7 +130,7 @@ def hardness_chart(
         share = 100*np.histogram(v, edges)[0]/max(len(v), 1); top = max(top, share.max())
         said = [[number(a, measure), number(b, measure), escape(label or '')] for a, b in zip(edges, edges[1:])]
         fig.add_bar(x=edges[:-1].tolist(), y=share.tolist() if label else [None]*len(wide), width=wide.tolist(), offset=0, name=escape(label or ''),
-            orientation='v', customdata=said,
+            customdata=said,
             showlegend=bool(label) and len(values) > 1, visible=bool(label),
             marker=dict(color=[_clear(COLOURS[k], .62 if i else .2) for i in inside], line_width=0),
             selected=dict(marker_opacity=1), unselected=dict(marker_opacity=1),

@@ -40,7 +40,7 @@ function render({model, el}) {
       const tr = make('tr', body), on = picked.includes(r.id); if (on) tr.className = 'wb-on';
       const input = make('input', make('td', tr)); input.type = 'checkbox'; input.checked = on; input.dataset.key = 'row ' + r.id;
       input.setAttribute('aria-label', 'pick ' + r.id); input.onchange = () => pick(r.id);
-      r.cells.forEach((text, k) => { const td = make('td', tr, text); if (model.get('columns')[k]?.numeric) td.className = 'wb-num'; td.title = text;
+      r.cells.forEach((text, k) => { const td = make('td', tr, text); if (model.get('columns')[k].numeric) td.className = 'wb-num'; td.title = text;
         td.onclick = () => pick(r.id); });
     }
     const x = box.scrollLeft, y = box.scrollTop; box.replaceChildren(table); box.scrollLeft = x; box.scrollTop = y;
