@@ -2,14 +2,15 @@
 
     python -m venv recbole && recbole/bin/pip install 'recbole==1.2.1' torch==2.13.0 'numpy<2' 'pandas<2.4' 'scipy<1.14'
     MMREC_DATA=... python benchmarks/sasrec_speed.py rates --recbole recbole/bin/python       # results/sasrec_speed.csv; a quarter of an hour
-    MMREC_DATA=... python benchmarks/sasrec_speed.py best --recbole recbole/bin/python        # results/sasrec_to_best.csv; half an hour
+    MMREC_DATA=... python benchmarks/sasrec_speed.py best --recbole recbole/bin/python        # results/sasrec_to_best.csv; forty minutes a seed
 
 Both get the same users, items and order (data.recbole.write_recbole), d 64, two layers, two heads, L 50, inner 256, dropout .5, Adam 1e-3, 2,048 targets a
 batch, cross-entropy over all items, valid targets ranked among all items. `rates` (real Toys): the two take turns, each time in a new process; RecBole trains
 `--batches` batches of its epoch, with autograd's anomaly detection off, and as shipped (importing its sequential models switches it on). We train whole epochs.
 Medians of the turns; CPU seconds beside wall seconds. `floor_targets_per_s` is what the matrix products of a step would allow at the rate of a 1,024 x 1,024
 product on the same thread (CPU seconds). `best` (toys1k): RecBole trains to the end of its patience (10) once for each seed, anomaly detection off; we train
-until our valid NDCG@10 reaches RecBole's best of that seed. Training and valid ranking both count.
+until our valid NDCG@10 reaches RecBole's best of that seed. Training and valid ranking both count. A seed is written when it is done, and not timed again while
+its row stands in the table.
 """
 import argparse, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 
@@ -122,16 +123,15 @@ def rates(python, folder, turns, batches):
     return rows
 
 def to_best(python, folder, seeds):
-    "Seconds of training and ranking until RecBole's best, ours and theirs."
-    rows, spent = [], lambda es, k: sum(e['train'][k] + e['valid'][k] for e in es)
-    for seed in range(seeds):
+    "Seconds of training and ranking until RecBole's best, ours and theirs: a row a seed, as they come."
+    spent = lambda es, k: sum(e['train'][k] + e['valid'][k] for e in es)
+    for seed in seeds:
         theirs = lines(python, 'recbole', folder, 'toys1k', seed, 200, 0, 0); goal = max(e['ndcg'] for e in theirs)
         at = next(n for n, e in enumerate(theirs, 1) if e['ndcg'] == goal)
         mine = lines(sys.executable, 'ours', 'toys1k', seed, 200, goal); reached = mine[-1]['ndcg'] >= goal
         row = dict(seed=seed, goal=goal, reached=reached, best=max(e['ndcg'] for e in mine), epochs_recbole=at, epochs_ours=len(mine))
         row |= {f'recbole_{k}': spent(theirs[:at], k) for k in ('s', 'cpu_s')} | {f'ours_{k}': spent(mine, k) for k in ('s', 'cpu_s')}
-        rows.append(row | {f'share_{k}': row[f'ours_{k}']/row[f'recbole_{k}'] for k in ('s', 'cpu_s')}); print(json.dumps(rows[-1]), flush=True)
-    return rows
+        yield row | {f'share_{k}': row[f'ours_{k}']/row[f'recbole_{k}'] for k in ('s', 'cpu_s')}
 
 def main(a):
     import polars as pl, torch
@@ -140,11 +140,15 @@ def main(a):
     from mmrec_wb.data.recbole import write_recbole
     git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=project_root(), capture_output=True, text=True).stdout.strip()
     name, file = ('toys', 'sasrec_speed') if a.what == 'rates' else ('toys1k', 'sasrec_to_best')
+    path, origin = project_root()/'results'/f'{file}.csv', dict(torch=torch.__version__, machine=platform.machine(), commit=git)
+    def written(rows):
+        table = pl.DataFrame(rows); atomic_write(path, lambda tmp: table.write_csv(tmp, float_precision=4))
     with tempfile.TemporaryDirectory() as d:
         write_recbole(load_dataset(name, source='raw'), f'{d}/{name}')
-        rows = rates(a.recbole, d, a.turns, a.batches) if a.what == 'rates' else to_best(a.recbole, d, a.seeds)
-    rows = [r | dict(torch=torch.__version__, machine=platform.machine(), commit=git) for r in rows]
-    atomic_write(project_root()/'results'/f'{file}.csv', lambda tmp: pl.DataFrame(rows).write_csv(tmp, float_precision=4))
+        if a.what == 'rates': return written([r | origin for r in rates(a.recbole, d, a.turns, a.batches)])
+        rows = pl.read_csv(path).to_dicts() if path.exists() else []
+        for row in to_best(a.recbole, d, [s for s in range(a.seeds) if s not in [r['seed'] for r in rows]]):
+            rows.append(row | origin); written(rows); print(json.dumps(row), flush=True)
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['child']:
