@@ -54,3 +54,17 @@ def test_the_oracle_knows_more_of_attention_than_nothing():
             for k, i, t in zip(attention_known(oracle, *data.sequence(u)), *data.sequence(u))]
     known, true = np.array(rows).T
     assert np.corrcoef(known, true)[0, 1] > .3 and abs(known.mean() - true.mean()) < .06
+
+def test_weights_follow_from_what_the_probes_read_and_from_what_is_told():
+    from mmrec_wb.data import load_dataset
+    from mmrec_wb.data.features import add_features
+    from mmrec_wb.models.duaf_mat import DuAFMAT
+    from mmrec_wb.models.explain import attention_found, fusion_weights
+    from why_attention import Told, attention, inside
+    data = add_features(load_dataset('toys', source='planted', planted_users=200, planted_items=120), progress=False)
+    for fusion in ('dual', 'user'):
+        event, share, terms, vectors = inside(DuAFMAT(data, d=8, fusion=fusion).eval(), data); words, picture = terms[:, :8].sum(1), terms[:, 8:].sum(1)
+        assert np.allclose(share, 1/(1 + np.exp(picture - words)), atol=1e-6) and vectors.shape == (len(event), 24)                   # (7)
+        assert share.std() > 1e-5 and data.features['image'].present[data.items[event]].all()
+    assert attention_found(fusion_weights(Told(data, d=8).eval(), data))['pooled'] > .9999
+    assert attention(data).std() > .1
