@@ -5,10 +5,12 @@ r"""Why do DuAF-MAT's weights not follow the planted attention? Two questions to
     python benchmarks/why_attention.py          # results/why_attention_probes.csv, results/why_attention_told.csv; six runs of two CPU minutes
 
 **Was it there to be read?** Correlation with the planted attention at an item (as in truth_duaf_mat.py, items with a picture), over the test histories of the
-odd users, of: the share of the words that Eq. 7 gives; the best weighing, anew, of the 2 d products of tanh(e_m + e_time) and s that Eq. 7 adds up; s, e_text
-and e_image side by side; and, without any model, how alike an item's frozen vectors and those of the items before it are (mean, greatest, last, a sum that
-fades with the generator's 60 days; words and picture apart; with the gap, the place, and all squares). The last three are ridge regressions on the even users,
-whose penalty was chosen within these. `oracle`: as in truth_duaf_mat.py.
+odd users, of: the share of the words that Eq. 7 gives; what it would give, in the same trained model, without e_time; the best weighing, anew, of the 2 d
+products of tanh(e_m + e_time) and s that Eq. 7 adds up; s, e_text and e_image side by side; and, without any model, how alike an item's frozen vectors and
+those of the items before it are (mean, greatest, last, a sum that fades with the generator's 60 days; words and picture apart; with the gap, the place, and
+all squares). The last three are ridge regressions on the even users, whose penalty was chosen within these. `oracle`: as in truth_duaf_mat.py. `spread`:
+standard deviation of a share; `time_size`: root mean square of e_time, in units of that of e_text and e_image: all modalities get the same e_time, so where
+it is large, tanh of their sums is nearly the same for all.
 
 **Would it help?** `told` is DuAF-MAT whose weights for the items of a history are given: a third for the id, the rest shared between words and picture as the
 planted attention itself was when the item was chosen; nothing of it is learned, and no recommender could know it. `features only, told` likewise without
@@ -56,17 +58,17 @@ def likeness(data) -> np.ndarray: # [events, 20]
     return np.concatenate([rows, rows**2], 1)
 
 @torch.no_grad()
-def inside(model, data): # -> events [n] (numbers of data.items), share [n], terms [n, 2 d], vectors [n, 3 d]
+def inside(model, data): # -> events [n] (numbers of data.items), share [n], without time [n], terms [n, 2 d], vectors [n, 3 d], e_time [n, d]
     "What Eq. 7 gives and what it is given, at the items with a picture of all test histories."
     got, out, at = [], [], [model.names.index(m) for m in ('text', 'image')]
     hook = model.fuse.register_forward_hook(lambda module, args, _: got.append(args))
     for b in eval_batches(data, 'test', model.max_len):
         omega, (s, e, _, gaps, days) = model.explain(b)['weights'], got.pop()
-        moved = e + model.fuse.time(gaps, days).unsqueeze(-2) if hasattr(model.fuse, 'time') else e
-        real = b.mask & model.frozen['image'].has[b.items]; omega = omega[real][:, at]
-        event = (b.start[:, None] + torch.arange(b.items.shape[1]))[real]
-        out.append((event, omega[:, 0]/omega.sum(1), (moved[:, :, at].tanh()*s.unsqueeze(-2))[real].flatten(1),
-                    torch.cat([s[real], e[:, :, at][real].flatten(1)], 1)))
+        real = b.mask & model.frozen['image'].has[b.items]; omega, s, e = omega[real][:, at], s[real].unsqueeze(1), e[real][:, at]
+        time = model.fuse.time(gaps, days)[real] if hasattr(model.fuse, 'time') else torch.zeros_like(s[:, 0])
+        words, picture = (e.tanh()*s).sum(-1).T; event = (b.start[:, None] + torch.arange(b.items.shape[1]))[real]
+        out.append((event, omega[:, 0]/omega.sum(1), torch.sigmoid(words - picture), ((e + time.unsqueeze(1)).tanh()*s).flatten(1),
+                    torch.cat([s, e], 1).flatten(1), time))
     hook.remove(); return [torch.cat(part).double().numpy() if n else torch.cat(part).numpy() for n, part in enumerate(zip(*out))]
 
 def correlation(a, b): return float(np.corrcoef(a, b)[0, 1])
@@ -85,14 +87,17 @@ def known(data, some, events): # what a reader of clicks who knows the generator
 def probes(what, tuned, seeds, data, folder) -> list: # a row for each arm, seed and what was read
     "Correlations at the odd users' items."
     true, clicks, rows = attention(data), likeness(data), []
-    for arm in ('dual', '-CSCL -VSCL', 'user'):
+    for arm in ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL', 'user'):
         for seed in seeds:
             if not (done := run(**what, seed=seed, model='duaf_mat', **tuned, **TRUTH[arm])): raise SystemExit('a run failed: no tables')
-            event, share, terms, vectors = inside(load_model(load_run(folder/done['run']), data), data)
+            event, share, timeless, terms, vectors, time = inside(load_model(load_run(folder/done['run']), data), data)
             y, user = true[event], users(data)[event]; fit = user % 2 == 0
             said = dict(rows=int((~fit).sum()), commit=done['commit'], versions=done['versions'])
-            reads = {'weights (Eq. 7)': share, "Eq. 7's terms, weighed anew": ridge(terms, y, fit), 'state and item': ridge(vectors, y, fit)}
-            rows += [dict(arm=arm, seed=seed, read=k, pooled=correlation(v[~fit], y[~fit]), **said, run=done['run']) for k, v in reads.items()]
+            shares = {'weights (Eq. 7)': share, **({'the same without time': timeless} if arm != 'user' else {})}
+            reads = shares | {"Eq. 7's terms, weighed anew": ridge(terms, y, fit), 'state and item': ridge(vectors, y, fit)}
+            size = float((time**2).mean()**.5/(vectors[:, len(time[0]):]**2).mean()**.5)
+            rows += [dict(arm=arm, seed=seed, read=k, pooled=correlation(v[~fit], y[~fit]), spread=float(v[~fit].std()) if k in shares else None,
+                          time_size=size, **said, run=done['run']) for k, v in reads.items()]
     odd = event[~fit]; beside = {'likeness of frozen vectors': ridge(clicks[event], y, fit)[~fit], 'oracle': known(data, np.unique(user[~fit]), odd)}
     return rows + [dict(arm='no model', read=k, pooled=correlation(v, y[~fit]), **said) for k, v in beside.items()]
 

@@ -1,5 +1,5 @@
 "What the doc-tests of DuAF-MAT cannot hold: every combination of settings, leaks in training, determinism, resuming, the notebook as a whole."
-import json, subprocess, sys
+import json, math, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import nbformat, numpy as np, polars as pl, pytest, torch
@@ -120,7 +120,8 @@ def test_no_gradient_flows_from_a_position_to_what_comes_later(data):
     Here.x = x.flatten(0, 1); s, _, _ = m._encode(b, Here); (s[:, 3]*torch.randn(16)).sum().backward()
     assert x.grad[:, :4].abs().sum() > 0 and not x.grad[:, 4:].any()
 
-def test_contrastive_inputs_know_no_target(data, monkeypatch):
+def test_contrastive_states_know_no_target(data, monkeypatch):
+    "Nor do virtual sequences, but for leaving out all that the person has in the training part."
     seen = {}
     def watch(name): return lambda a, b, *_: seen.setdefault(name, []).append((a.detach(), b.detach())) or a.sum()*0
     for name in ('cscl', 'vscl'): monkeypatch.setattr(duaf_mat, name, watch(name))
@@ -129,6 +130,7 @@ def test_contrastive_inputs_know_no_target(data, monkeypatch):
     m(b); before = seen; seen = {}; m(replace(b, targets=b.targets.flip(0)*0 + b.mask*7))
     # image vectors hold fresh noise where they are generated: compare the words' states
     torch.testing.assert_close(seen['cscl'][0][0], before['cscl'][0][0])
+    for now, then in zip(seen['vscl'][0], before['vscl'][0]): torch.testing.assert_close(now, then)           # of the words
 
 def padding_changes_no_score(m, data):
     m.eval(); [b] = eval_batches(data, 'test', 20)
@@ -209,12 +211,34 @@ def test_insertions_of_random_shops_keep_order_and_never_add_what_is_owned():
         best = (v @ v.T).masked_fill(~v.any(1), -2.).fill_diagonal_(-2).topk(6, 1)
         near = Neighbours(best.indices.where((best.values > -2) & v.any(1, keepdim=True), 0), v)
         items = torch.stack([torch.randperm(n, generator=g)[:L] + 1 for _ in range(B)])*(torch.arange(L) < torch.randint(1, L + 1, (B, 1), generator=g))
-        owned = torch.randint(1, n + 1, (B, 2), generator=g); out = virtual_sequences(items, near, 11, owned, rate=.6, generator=g)
-        assert out.shape[1] <= 11
+        owned = torch.randint(1, n + 1, (B, 2), generator=g); out = virtual_sequences(items, near, 18, owned, rate=.6, generator=g)
+        assert out.shape[1] <= 18
         assert ((out > 0).int().diff(dim=1) <= 0).all()                                               # padding stays right
         for a, b, own in zip(items.tolist(), out.tolist(), owned.tolist()):
             a, b = [i for i in a if i], [i for i in b if i]; new = [i for i in b if i not in a]
             assert [i for i in b if i in a] == a and not set(new) & set(own) and b[0] == a[0] and b[-1] == a[-1] and all(v[i].any() for i in new)
+
+def test_full_windows_are_lengthened_too_and_lose_their_oldest_items():
+    g = torch.Generator().manual_seed(0); n, L = 40, 12; v = F.normalize(torch.randn(n + 1, 5, generator=g), dim=-1); v[0] = 0
+    near, changed = Neighbours((v @ v.T).fill_diagonal_(-2).topk(9, 1).indices, v), 0
+    for _ in range(20):
+        items = torch.stack([torch.randperm(n, generator=g)[:L] + 1 for _ in range(4)]); out = virtual_sequences(items, near, L, rate=.3, generator=g)
+        assert out.shape == (4, L)
+        for a, b in zip(items.tolist(), out.tolist()):
+            old = [i for i in b if i in a]; new = L - len(old); changed += new > 0
+            assert old == a[-len(old):] and b[-1] == a[-1] and new <= math.ceil(.6*L)                 # the newest ones, in order
+    assert changed > 60                                                                              # of 80
+
+def test_what_a_person_owns_outside_of_the_window_is_not_inserted_either(data, monkeypatch):
+    def watch(items, near, max_len, owned, **how):
+        for _ in range(20):
+            out = virtual_sequences(items, near, max_len, owned, rate=.6)
+            for a, b, user in zip(items.tolist(), out.tolist(), users): added.append([i for i in b if i and i not in a]); assert not set(added[-1]) & owns[user]
+        return out
+    owns, added = [set(data.sequence(u)[0][:-2].tolist()) for u in range(data.n_users)], []; monkeypatch.setattr(duaf_mat, 'virtual_sequences', watch)
+    m = model(data, max_len=4)
+    for b in train_batches(data, 4, 64, 0, 1): users = b.user.tolist(); m(b)
+    assert sum(map(len, added)) > 100 and max(map(len, owns)) > 10                                   # there was something to avoid
 
 def test_insertions_follow_eq_20():
     v = F.normalize(torch.tensor([[0., 0.], [1, 0], [0, 1], [1, .2], [.2, 1], [1, 1]]), dim=-1); near = Neighbours(torch.tensor([[0, 0, 0]] + [[3, 4, 5]]*5), v)

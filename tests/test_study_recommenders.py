@@ -63,8 +63,10 @@ def test_weights_follow_from_what_the_probes_read_and_from_what_is_told():
     from why_attention import Told, attention, inside
     data = add_features(load_dataset('toys', source='planted', planted_users=200, planted_items=120), progress=False)
     for fusion in ('dual', 'user'):
-        event, share, terms, vectors = inside(DuAFMAT(data, d=8, fusion=fusion).eval(), data); words, picture = terms[:, :8].sum(1), terms[:, 8:].sum(1)
+        event, share, timeless, terms, vectors, time = inside(DuAFMAT(data, d=8, fusion=fusion).eval(), data)
+        words, picture = terms[:, :8].sum(1), terms[:, 8:].sum(1)
         assert np.allclose(share, 1/(1 + np.exp(picture - words)), atol=1e-6) and vectors.shape == (len(event), 24)                   # (7)
+        assert np.allclose(share, timeless, atol=1e-6) == (fusion == 'user') == (not time.any())
         assert share.std() > 1e-5 and data.features['image'].present[data.items[event]].all()
     assert attention_found(fusion_weights(Told(data, d=8).eval(), data))['pooled'] > .9999
     assert attention(data).std() > .1

@@ -10,7 +10,8 @@ from mmrec_wb.data.features import add_features
 from mmrec_wb.mllm.backbones import load_backbone, lora_config
 from mmrec_wb.mllm.prompts import Collator
 from mmrec_wb.mllm.tasks import examples, with_picture
-from mmrec_wb.training.misp import MISP, owned, pictured, picture_negatives, settled, train_misp
+from mmrec_wb.data.batches import training_items
+from mmrec_wb.training.misp import MISP, pictured, picture_negatives, settled, train_misp
 
 ROOT = project_root()
 SMALL = dict(dataset='toys', source='planted', max_users=40, epochs=1, batch_size=16, sae_units=16, sae_epochs=1, prefilter=20)
@@ -30,7 +31,7 @@ def test_pictures_are_of_items_that_nobody_here_owns(data, questions, strategy):
     for u, row in zip(questions['user'], ids.tolist()): assert not {*row} & {*data.sequence(u)[0][:-2].tolist()}
     assert torch.equal(ids, picture_negatives(data, questions, own, 0)[0]) and not torch.equal(ids, picture_negatives(data, questions, own, 1)[0])
     if strategy == 'uniform':                                              # each of the pictured items that the user does not own alike
-        n = seen.sum() - np.array([len({i for i in row.tolist() if seen[i]} - {0}) for row in owned(data, questions['user'])])
+        n = seen.sum() - np.array([len({i for i in row.tolist() if seen[i]} - {0}) for row in training_items(data, questions['user'])])
         assert np.allclose(logq.exp().numpy(), 1/n[:, None], rtol=1e-4)
 
 def test_questions_without_a_picture_are_left_out(data, questions):

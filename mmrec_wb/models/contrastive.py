@@ -25,10 +25,10 @@ def cscl(
     tau: float=.2,
     same: torch.Tensor=None, # bool [B, B]: no negative of each other
     symmetric: bool=False,   # False: text asks, picture answers (paper)
-    printed: bool=False      # no normalisation, tau 1
+    printed: bool=False      # no normalisation, tau 1, all others are negatives
 ) -> torch.Tensor: # a number
     "Cross-modal sequence contrast (Eq. 19)."
-    if printed: tau = 1.
+    if printed: tau, same = 1., None
     else: s_t, s_v = F.normalize(s_t, dim=-1), F.normalize(s_v, dim=-1)
     loss = _info_nce(s_t, s_v, tau, same)                                                     # (19)
     return (loss + _info_nce(s_v, s_t, tau, same))/2 if symmetric else loss
@@ -39,7 +39,7 @@ def vscl(
     s_plus: torch.Tensor, # states of their virtual sequences [B, d]
     tau: float=.2,
     same: torch.Tensor=None, # bool [B, B]: no negative of each other
-    printed: bool=False      # the denominator of Eq. 21
+    printed: bool=False      # the denominator of Eq. 21, over all rows
 ) -> torch.Tensor: # a number
     "Contrast with virtual sequences (Eq. 21), for one modality."
     s, s_plus = F.normalize(s, dim=-1), F.normalize(s_plus, dim=-1)
@@ -107,27 +107,28 @@ def virtual_sequences(
     items: torch.Tensor, # [B, L], right-padded with 0
     near: Neighbours,    # of one modality
     max_len: int,
-    owned: torch.Tensor=None, # more ids that must not be inserted [B, W], e.g. the training targets
+    owned: torch.Tensor=None, # more ids that must not be inserted [B, W]: all that the users have
     rate: float=.2, gamma: float=.5, temperature: float=.1,
     generator: torch.Generator=None
-) -> torch.Tensor: # [B, L'], right-padded, L <= L' <= max(L, max_len)
+) -> torch.Tensor: # [B, L'], right-padded, L <= L' <= max(L, max_len): the newest ones
     "Sequences with similar items inserted where the story jumps."
     if items.shape[1] < 2: return items
     n = (items > 0).sum(1)
-    n_new = torch.poisson(rate*n.float(), generator=generator).long().minimum((2*rate*n).ceil().long()).minimum(max_len - n).clamp_min(0)
+    n_new = torch.poisson(rate*n.float(), generator=generator).long().minimum((2*rate*n).ceil().long())
     row, at = _gaps_to_fill(items, near, n_new, generator)
     if not len(row): return items
     mine = items if owned is None else torch.cat([items, owned], 1)
     cand, p = insertion_probabilities(items[row, at], items[row, at + 1], mine[row], near, gamma, temperature)
     possible = p.sum(1) > 0; row, at, cand, p = row[possible], at[possible], cand[possible], p[possible]
     new = cand.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0] if len(row) else cand[:, 0]
-    return _merge(items, row, at, new)
+    return _merge(items, row, at, new, max_len)
 
-def _merge(items, row, at, new):
-    "Put `new` behind position `at` of its row; the order of the rest stays."
+def _merge(items, row, at, new, max_len):
+    "Put `new` behind position `at` of its row and keep the newest `max_len`; the order of the rest stays."
     B, L = items.shape; place = torch.arange(L).expand(B, L).float().masked_fill(items == 0, float('inf'))
     wide, where = torch.zeros(B, 2*L, dtype=items.dtype), torch.full((B, 2*L), float('inf'))
     wide[:, :L], where[:, :L] = items, place
     wide[row, L + at], where[row, L + at] = new, at + .5
-    out = wide.gather(1, where.argsort(dim=1, stable=True))
-    return out[:, :max(L, int((out > 0).sum(1).max()))]
+    out = wide.gather(1, where.argsort(dim=1, stable=True)); n = (out > 0).sum(1)
+    oldest = (n - max_len).clamp_min(0); out = out.gather(1, (torch.arange(2*L) + oldest[:, None]).clamp_max(2*L - 1))
+    return out[:, :max(L, int((n - oldest).max()))]

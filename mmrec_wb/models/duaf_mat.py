@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.errors import WorkbenchError, unknown
 from ..core.names import by_name
 from ..core.seeds import rng
+from ..data.batches import training_items
 from .base import CHUNK, Recommender, catalogue_ce, sample_negatives, sampled_bce
 from .contrastive import cscl, neighbour_table, virtual_sequences, vscl
 from .fusion import FUSIONS, MeanFusion, masked_softmax, time_gaps
@@ -154,6 +155,7 @@ def _start_contrast(self: DuAFMAT, data):
     self.contrasted = [m for m in ('text', 'image') if m in self.names] if s['lambda_2'] else []
     if s['lambda_2'] and len(self.contrasted) < 2: self.notes.append(f'VSCL runs on {", ".join(self.contrasted) or "nothing"} alone')
     self.near = {m: neighbour_table(data.features[m].values, self.frozen[m].has.numpy()) for m in self.contrasted}
+    self.owned = lambda users: training_items(data, users)                                   # never inserted
 
 # %% ../../nbs/models/duaf_mat.ipynb #2e26c057
 @dataclass
@@ -349,7 +351,7 @@ def _contrast(self: DuAFMAT, batch, table, e, longer): # longer: modality -> vir
 def loss(self: DuAFMAT, batch) -> dict: # loss, main and, where on, cscl, vscl
     "L (23)."
     s = self.s; real = batch.targets > 0; y = batch.targets[real]
-    own = torch.cat([batch.items, batch.targets], 1).cpu()
+    if self.contrasted: own = self.owned(batch.user.cpu())
     longer = {m: virtual_sequences(batch.items.cpu(), self.near[m], s['max_len'], own).to(y.device) for m in self.contrasted}
     if s['main_loss'] == 'bce_sampled': self._negatives = sample_negatives(batch, self.n_items); more = [y, self._negatives]
     else: more = []
