@@ -183,7 +183,7 @@ def test_the_notebook(tmp_path):
     pop = load_run(next(runs.glob('pop-*'))); assert pop.params == dict(model='pop')
     assert pop.frame('ranks')['rank'].equals(run.frame('ranks')['rank_popularity'].rename('rank'))
 
-NONSENSE = {'model': (dict(model='sasrek'), 'did you mean sasrec'), 'loss': (dict(loss='bce'), 'known: bce_sampled, ce'),
+NONSENSE = {'model': (dict(model='sasrek'), 'did you mean sasrec'), 'main_loss': (dict(main_loss='bce'), 'known: bce_sampled, ce'),
             'heads': (dict(heads=3), 'multiple of'), 'tracker': (dict(report_to='wandbb'), 'not installed')}
 
 @pytest.mark.parametrize('what', NONSENSE)

@@ -104,6 +104,11 @@ def sample_negatives(
         ids[hit] = torch.randint(1, n_items + 1, (len(hit),), device=row.device)
     return ids
 
-def sampled_bce(h, v, target, negative) -> torch.Tensor: # scalar, the mean over targets
+def sampled_bce(
+    h: torch.Tensor,       # states [N, d]
+    v: torch.Tensor,       # item vectors [n_items+1, d]
+    target: torch.Tensor,  # ids [N]
+    negative: torch.Tensor # ids [N]
+) -> torch.Tensor: # scalar, the mean over targets
     "Binary cross-entropy of the target against one negative."
     return -(nn.functional.logsigmoid((h*v[target]).sum(1)) + nn.functional.logsigmoid(-(h*v[negative]).sum(1))).mean()

@@ -76,17 +76,17 @@ class DualAwareFusion(nn.Module):
 
 # %% ../../nbs/models/fusion.ipynb #35bf514a
 class UserAwareFusion(nn.Module):
-    "Eq. 7 without the time embedding."
+    "Eq. 7 without the time embedding; shapes as in DualAwareFusion."
     def __init__(self, d: int): super().__init__()
-    def forward(self, s, e, there, gaps, days): # -> h, omega
+    def forward(self, s, e, there, gaps, days): # -> h [B, L, d], omega [B, L, M]
         omega = masked_softmax((torch.tanh(e) @ s.unsqueeze(-1)).squeeze(-1), there)
         return weighted(omega, e), omega
 
 class StaticFusion(nn.Module):
-    "One learned weight a modality."
+    "One learned weight a modality; shapes as in DualAwareFusion."
     def __init__(self, d: int, modalities: int=4):
         super().__init__(); self.logits = nn.Parameter(torch.zeros(modalities))
-    def forward(self, s, e, there, gaps, days): # -> h, omega
+    def forward(self, s, e, there, gaps, days): # -> h [B, L, d], omega [B, L, M]
         omega = masked_softmax(self.logits[:e.shape[-2]].expand(there.shape), there)
         return weighted(omega, e), omega
 
