@@ -2,7 +2,7 @@ r"""How much of Eq. 20's probability over the whole catalogue lies on the candid
 
     MMREC_DATA=... python benchmarks/insertion_mass.py      # results/insertion_mass.csv; a minute, once vectors are there
 
-The gaps are those that virtual sequences fill in the first eight batches of an epoch (rate .2, gamma .5, temperature .1; nothing owned is a candidate).
+The gaps are those that virtual sequences fill in the first eight batches of an epoch (rate .2, gamma .5, temperature .1; what is owned is no candidate).
 `mass`: the candidates' share, mean over gaps (`low`, `high`: 10th and 90th percentile). `same_neighbours`: the share of the 50 nearest items in all directions of
 the features that are among the 50 nearest in the 64 directions kept; 500 items. Seed 0.
 """
@@ -45,7 +45,7 @@ if __name__ == '__main__':
             if not feature.present.any(): continue
             near = neighbour_table(feature.values, feature.present); found = mass(data, near)
             low, high = np.quantile(found, [.1, .9]).tolist(); same = same_neighbours(feature, near)
-            rows.append(dict(dataset=title(name, source, 1), items=data.n_items, modality=modality, gaps=len(found), mass=float(found.mean()), low=low, high=high,
-                             same_neighbours=same, commit=git_commit()))
+            rows.append(dict(dataset=title(name, source, 1), items=data.n_items, modality=modality, gaps=len(found), mass=float(found.mean()),
+                             low=low, high=high, same_neighbours=same, commit=git_commit()))
             print(rows[-1], flush=True)
     table = pl.DataFrame(rows); atomic_write(project_root()/'results'/'insertion_mass.csv', lambda tmp: table.write_csv(tmp, float_precision=3))
