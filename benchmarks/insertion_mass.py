@@ -3,8 +3,8 @@ r"""How much of Eq. 20's probability over the whole catalogue lies on the candid
     MMREC_DATA=... python benchmarks/insertion_mass.py      # results/insertion_mass.csv; a minute, once vectors are there
 
 The gaps are those that virtual sequences fill in the first eight batches of an epoch (rate .2, gamma .5, temperature .1; what is owned is no candidate).
-`mass`: the candidates' share, mean over gaps (`low`, `high`: 10th and 90th percentile). `same_neighbours`: the share of the 50 nearest items in all directions of
-the features that are among the 50 nearest in the 64 directions kept; 500 items. Seed 0.
+`mass`: the candidates' share, mean over gaps (`low`, `high`: 10th and 90th percentile). `same_neighbours`: the share of the 50 nearest items in all directions
+of the features that are among the 50 nearest in the 64 directions kept; 500 items. Seed 0.
 """
 import numpy as np, polars as pl, torch
 from mmrec_wb.core.paths import atomic_write, project_root
