@@ -70,3 +70,17 @@ def test_weights_follow_from_what_the_probes_read_and_from_what_is_told():
         assert share.std() > 1e-5 and data.features['image'].present[data.items[event]].all()
     assert attention_found(fusion_weights(Told(data, d=8).eval(), data))['pooled'] > .9999
     assert attention(data).std() > .1
+
+def test_readme_says_what_was_measured_of_attention():
+    said, short = (ROOT/'README.md').read_text(), lambda x: f'{x:.2f}'.replace('0.', '.', 1)
+    arms = ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL'); probes, told = (pl.read_csv(RESULTS/f'why_attention_{n}.csv') for n in ('probes', 'told'))
+    truth = pl.read_csv(RESULTS/'truth_duaf_mat_attention.csv').group_by('arm').agg(pl.col('pooled', 'within').mean()).rows_by_key('arm', named=True, unique=True)
+    for name, c, none in (('pooled', 'pooled', 'none: it does not move'), ('within a user', 'within', 'none')):
+        assert f'| {name} | ' + ' | '.join([*(short(truth[a][c]) for a in (*arms, 'user')), none, short(truth['oracle'][c])]) + ' |' in said
+    own = probes.filter(read='the same without time').group_by('arm').agg(pl.col('pooled', 'time_size').mean()).rows_by_key('arm', named=True, unique=True)
+    assert '| the same models, Eq. 7 without its time | ' + ' | '.join(short(own[a]['pooled']) for a in arms) + ' |' in said
+    assert '| time embedding, in units of words and picture | ' + ' | '.join(f'{own[a]["time_size"]:.0f}' for a in arms) + ' |' in said
+    assert f'reaches {short(probes.filter(read="likeness of frozen vectors")["pooled"].item())}, so' in said
+    for r in told.to_dicts():
+        d, low, high = (f'{r[k]:.4f}'.replace('0.', '.', 1) for k in ('difference', 'low', 'high'))
+        assert f'{d} (95% {low} to {high})' in said or f'{d}, 95% {low} to {high}' in said or f'{d} ({low} to {high}' in said or (r['arm'] == 'told' and r['history masked'])
