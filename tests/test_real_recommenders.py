@@ -7,7 +7,8 @@ from mmrec_wb.core.record import load_run
 
 DATA = os.environ.get('MMREC_DATA')
 pytestmark = [pytest.mark.real, pytest.mark.skipif(not DATA, reason='MMREC_DATA names no folder with the real files (see data/README.md)')]
-SIZE, FIGURES = {'ml-100k': (943, 1_682), 'toys': (19_412, 11_924)}, {('sasrec', 'ml-100k'): 2, ('sasrec', 'toys'): 2, ('duaf_mat', 'ml-100k'): 6, ('duaf_mat', 'toys'): 5}
+SIZE = {'ml-100k': (943, 1_682), 'toys': (19_412, 11_924)} # users, items
+FIGURES = {('sasrec', 'ml-100k'): 2, ('sasrec', 'toys'): 2, ('duaf_mat', 'ml-100k'): 6, ('duaf_mat', 'toys'): 5}
 
 @pytest.mark.parametrize('dataset', SIZE)
 @pytest.mark.parametrize('model, notebook', [('sasrec', 'train_baseline'), ('duaf_mat', 'train_duaf_mat')])
