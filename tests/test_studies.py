@@ -90,7 +90,8 @@ def test_one_fails_one_is_killed_one_loses_its_kernel(tiny, tmp_path):
     assert len(failures(table)) == 4 and table.filter(status='finished')['runs'].to_list() == [done] and len(done) == 1
     assert len(kernels) == 1; until(lambda: not kernels[0].is_running() or kernels[0].status() == 'zombie', 30)      # the kernel of a killed cell goes too
     table = study(tiny, grid, out_dir=tmp_path/'runs', workers=2, progress=False)
-    assert table['status'].to_list() == ['failed', 'finished', 'finished', 'finished', 'failed'] and table['attempts'].to_list() == [2, 2, 2, 1, 2]
+    said = table.select('name', 'problem').rows(); assert table['status'].to_list() == ['failed', 'finished', 'finished', 'finished', 'failed'], said
+    assert table['attempts'].to_list() == [2, 2, 2, 1, 2]
     assert began(tmp_path) == ['a 0 1', 'die 0 1', 'die 0 1', 'slow 0 1', 'slow 0 1']                                # and one thread each
     runs = runs_table(tmp_path/'runs'); assert runs.height == 3 and (runs['status'] == 'finished').all()
     assert sorted(p.stem for p in (tmp_path/'runs'/'notebooks').glob('*.ipynb')) == sorted(table['name'])
