@@ -159,3 +159,15 @@ params = {{ dataset = "toys", source = "planted", max_users = 60 }}
     assert set(summarise(runs)['arm']) == {'sasrec', 'pop', 'popularity', 'oracle'}
     before = {f: f.stat().st_mtime_ns for f in (tmp_path/'runs').rglob('*') if f.is_file() and f.name != 'study.json'}
     assert main(['study', str(file)]) == 0 and before == {f: f.stat().st_mtime_ns for f in before}
+
+def test_a_kernel_that_could_not_begin_is_started_again(tiny, tmp_path, monkeypatch):
+    import papermill
+    from mmrec_wb.training.studies import execute_cell
+    begun, cell = [], dict(notebook=tiny, output=str(tmp_path/'out.ipynb'), given=dict(out_dir=str(tmp_path/'runs'), mark=str(tmp_path/'marks')))
+    def dies(times):
+        def execute(*a, **k):
+            begun.append(1)
+            if len(begun) <= times: raise RuntimeError('Kernel died before replying to kernel_info')
+        return execute
+    for times, problem, attempts in ((2, False, 3), (9, True, 3)):
+        begun.clear(); monkeypatch.setattr(papermill, 'execute_notebook', dies(times)); assert bool(execute_cell(cell)) == problem and len(begun) == attempts
