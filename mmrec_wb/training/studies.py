@@ -114,15 +114,12 @@ def execute_cell(
     from nbclient.exceptions import DeadKernelError
     how = dict(progress_bar=False, store_widget_state=False, cwd=str(project_root()), extra_arguments=['--log-level=40']) | how
     logging.getLogger('papermill').setLevel('ERROR')                              # that PAPERMILL_OUTPUT_PATH is no parameter is known
-    def execute(times): # a kernel that could not begin has run nothing: two that start at once may want the same port
-        try: return papermill.execute_notebook(resolve(cell['notebook']), cell['output'], parameters=cell['given'], **how)
-        except RuntimeError as e:
-            if times == 1 or 'before replying' not in str(e): raise
-        execute(times - 1)
-    try: execute(3)
-    except papermill.PapermillExecutionError as e: return first_line(e.ename, e.evalue)
-    except DeadKernelError: return 'the kernel died (killed, or out of memory)'
-    except Exception as e: return first_line(type(e).__name__, str(e))
+    for left in (2, 1, 0):
+        try: papermill.execute_notebook(resolve(cell['notebook']), cell['output'], parameters=cell['given'], **how); return None
+        except papermill.PapermillExecutionError as e: return first_line(e.ename, e.evalue)
+        except DeadKernelError: return 'the kernel died (killed, or out of memory)'
+        except Exception as e:  # a kernel that could not begin has run nothing: two that start at once may want the same port
+            if not left or 'before replying' not in str(e): return first_line(type(e).__name__, str(e))
 
 def runs_in(
     output: Path, # an executed notebook
