@@ -68,9 +68,10 @@ TILES = '''s => [...s.querySelectorAll('.wb-tile')].map(b => ({title: b.title, a
 
 class Sheet:
     "A notebook on the screen."
-    def __init__(self, lab: Lab, browser, path: str, width: int=1280, height: int=2400, title: str=''):
+    def __init__(self, lab: Lab, browser, path: str, width: int=1280, height: int=2400, title: str='', script: str=''):
         self.lab, self.title, self.outside, self.errors, self.times = lab, title or Path(path).stem, [], [], []
         self.page = p = browser.new_page(viewport=dict(width=width, height=height)); p.set_default_timeout(60_000)
+        p.add_init_script(script)                                                 # JavaScript that the page runs first
         p.on('request', lambda r: None if r.url.startswith(HERE) else self.outside.append(r.url))
         p.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
         p.on('pageerror', lambda e: self.errors.append(f'pageerror {e}'))
