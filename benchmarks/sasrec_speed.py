@@ -136,11 +136,11 @@ def to_best(python, folder, seeds):
 def main(a):
     import polars as pl, torch
     from mmrec_wb.core.paths import atomic_write, project_root
+    from mmrec_wb.core.record import git_commit
     from mmrec_wb.data import load_dataset
     from mmrec_wb.data.recbole import write_recbole
-    git = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=project_root(), capture_output=True, text=True).stdout.strip()
     name, file = ('toys', 'sasrec_speed') if a.what == 'rates' else ('toys1k', 'sasrec_to_best')
-    path, origin = project_root()/'results'/f'{file}.csv', dict(torch=torch.__version__, machine=platform.machine(), commit=git)
+    path, origin = project_root()/'results'/f'{file}.csv', dict(torch=torch.__version__, machine=platform.machine(), commit=git_commit())
     def written(rows):
         table = pl.DataFrame(rows); atomic_write(path, lambda tmp: table.write_csv(tmp, float_precision=4))
     with tempfile.TemporaryDirectory() as d:
