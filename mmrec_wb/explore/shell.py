@@ -150,10 +150,14 @@ def chart(
                                  title=dict(text=f'<b>{title}</b>', font_size=13, pad=dict(l=4, t=8)), **layout))
 
 class Live(go.FigureWidget):
-    "A figure on the page; quicker there than plotly's, never deaf, and told whole values."
+    "A figure on the page: quicker there than plotly's, never deaf, told whole values, and as it is now on a page that is opened again."
     _esm, _bundle = FIGURE_JS, T.Instance(Bundle).tag(sync=True, **W.widget_serialization)
     @T.default('_bundle')
     def _shared(self): return Bundle.sent()
+    def get_state(self, key=None, drop_defaults=False):
+        state = super().get_state(key, drop_defaults)
+        if key is not None or '_layout_obj' not in vars(self): return state                   # plotly keeps what the figure began with
+        return state | {k: self.trait_metadata(k, 'to_json')(v, self) for k, v in (('_widget_data', self._data), ('_widget_layout', self._layout_obj._props))}
     def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None):
         value = lambda v, k, name: self.data[k][name] if v is Undefined else v
         whole = {name: [value(v, k, name) for v, k in zip(vs, trace_indexes)] if isinstance(vs, list) else vs for name, vs in restyle_data.items()}

@@ -75,8 +75,10 @@ class Sheet:
         p.on('request', lambda r: None if r.url.startswith(HERE) else self.outside.append(r.url))
         p.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
         p.on('pageerror', lambda e: self.errors.append(f'pageerror {e}'))
-        p.goto(lab.url(path), wait_until='domcontentloaded', timeout=120_000)
-        p.wait_for_selector('.jp-Notebook .jp-Cell', timeout=120_000)
+        p.goto(lab.url(path), wait_until='domcontentloaded', timeout=120_000); self._ready()
+
+    def _ready(self):
+        p = self.page; p.wait_for_selector('.jp-Notebook .jp-Cell', timeout=120_000)
         p.wait_for_function('() => window.jupyterapp && window.jupyterapp.commands.hasCommand("notebook:run-all-cells")')
         p.wait_for_function(READY)                                                # else JupyterLab asks for a kernel
 
@@ -85,6 +87,10 @@ class Sheet:
         self.page.evaluate('() => { window.jupyterapp.commands.execute("notebook:run-all-cells") }')
         self.until(lambda: self.tracebacks() or self.page.locator(until).first.is_visible(), f'{until} in the notebook', seconds)
         assert not (said := self.tracebacks()), said[0][-3000:]; return self
+
+    def again(self):
+        "Save, and load the page again."
+        self.page.evaluate('() => window.jupyterapp.commands.execute("docmanager:save")'); self.page.reload(); self._ready()
 
     def tracebacks(self) -> list: return self.page.evaluate(ERRORS)
     def part(self, name: str, inside: str=''): return self.page.locator(f'.wb-part-{name} {inside}'.strip()).first
