@@ -2,12 +2,13 @@ r"""MISP-DPO (K = 1, 3, 5) against S-DPO with random negatives, DPO and SFT, on 
 
     python benchmarks/study_misp.py --tune                                             # planted, generator seed 0; results/misp_toys_planted_tune.csv
     python benchmarks/study_misp.py --planted-seed 1                                   # planted, 2,000 users
-    MMREC_DATA=... python benchmarks/study_misp.py --dataset ml-100k --max-users 150   # posters
+    MMREC_DATA=... python benchmarks/study_misp.py --dataset ml-100k --max-users 150 --epochs 5   # posters
 
-`--tune`: six trials each for MISP-DPO (K = 3) and S-DPO, judged by AUC on the VALID questions of 800 planted users, one seed: beta .1 and .5, learning rates
-.0001, .0003 and .001; K = 1 and K = 5 take what was chosen for K = 3. DPO has had the same six trials on the same questions (tune_hanorec.py). All data sets
-use what was chosen on the planted shop. All arms of a seed share their SFT run; the second stage of MISP-DPO and S-DPO sees, once, the training questions whose
-item has a picture; DPO's, once, all of them. S-DPO: the same loss between items and the same text side, negatives drawn uniformly among items with a picture.
+`--tune`: six trials each for MISP-DPO (K = 3) and S-DPO, judged by AUC on the VALID questions of 800 planted users, one seed, after 5 epochs of SFT (the
+planted table: 3): beta .1 and .5, learning rates .0001, .0003 and .001; K = 1 and K = 5 take what was chosen for K = 3. DPO has had the same six trials on
+the same questions (tune_hanorec.py). All data sets use what was chosen on the planted shop. All arms of a seed share their SFT run; the second stage of MISP-
+DPO and S-DPO sees, once, the training questions whose item has a picture; DPO's, once, all of them. S-DPO: the same loss between items and the same text
+side, negatives drawn uniformly among items with a picture.
 `_runs`: a row a run. `_summary`: mean and sd over seeds. `_tests`: AUC averaged over seeds, paired bootstrap over test users, Holm over the arms; against SFT,
 DPO and S-DPO. A stopped study goes on where it stopped.
 """

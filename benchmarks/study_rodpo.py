@@ -1,7 +1,7 @@
 r"""Which rejected item? SASRec goes on with DPO under each sampling strategy, and with its own loss alone; tables go to results/rodpo_<data set>_*.csv.
 
     MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys1k
-    MMREC_DATA=... python benchmarks/study_rodpo.py --dataset ml-100k
+    MMREC_DATA=... python benchmarks/study_rodpo.py --dataset ml-100k --tuned-on toys1k
     python benchmarks/study_rodpo.py --dataset toys --source planted --planted-seed 1                           # tuned on generator seed 0
     MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys --tuned-on toys1k --arms control uniform hard topk_20     # all of Toys
     MMREC_DATA=... python benchmarks/study_rodpo.py --dataset toys --tuned-on toys1k --arms topk_5 topk_10 topk_50 topk_100 --seeds 0 --name rodpo_toys_pools

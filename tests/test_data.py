@@ -4,7 +4,7 @@ import numpy as np, polars as pl, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from mmrec_wb.core.errors import WorkbenchError
-from mmrec_wb.data import card, load_dataset
+from mmrec_wb.data import card, load_dataset, registry
 from mmrec_wb.data.amazon import read_meta, read_reviews
 from mmrec_wb.data.clean import core, in_order, leave_one_out, popular, sequences, some_users
 from mmrec_wb.data.files import open_picture, picture_files, read_log
@@ -152,6 +152,27 @@ def test_damaged_and_giant_pictures_are_missing_ones(tmp_path):
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16'])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     name = f'{tmp_path}/a.' + ('jpg' if mode == 'CMYK' else 'png'); Image.new(mode, (5, 4)).save(name); assert open_picture(name).mode == 'RGB'
+
+def test_sixteen_bits_a_pixel(tmp_path):
+    "Not clipped: black to white stays a ramp."
+    Image.fromarray(np.linspace(0, 65535, 8).astype(np.uint16)[None].repeat(2, 0)).save(tmp_path/'a.png')
+    assert np.asarray(open_picture(tmp_path/'a.png'))[0, :, 0].tolist() == [int(x) >> 8 for x in np.linspace(0, 65535, 8)]
+
+def test_a_line_with_a_field_too_many_or_too_few_is_found(tmp_path):
+    "Also where the file has columns that nobody reads, and whatever the other lines hold."
+    for bad in ('2,i1,Smith, J,x', '2,i1,u2'):
+        (tmp_path/'i.csv').write_text(f'timestamp,item,user,note\n1,i1,u1,y\n{bad}\n')
+        with pytest.raises(WorkbenchError, match='i.csv:3: [35] fields instead of 4'): read_interactions(tmp_path/'i.csv')
+    (tmp_path/'i.csv').write_text('timestamp,item,user,note\n1,i1,u1,\n2,i2,u2,x\n'); assert read_interactions(tmp_path/'i.csv').height == 2
+
+@pytest.mark.parametrize('toml, says', [
+    ('["../../escaped"]\nderived = {from = "toys"}', 'is no name'), ('[mine]\nderived = "toys"', 'derived of .mine. is of the wrong type'),
+    ('[mine]\nderived = {from = ["toys"]}', 'unknown data set to derive'),
+    ('[mine]\nformat = "csv"\nfiles = {interactions = 3, items = "a.csv"}', 'files.interactions of')])
+def test_a_registry_from_elsewhere(tmp_path, toml, says):
+    (tmp_path/'datasets.toml').write_text(toml)
+    with pytest.raises(WorkbenchError, match=says) as e: registry(data_dir=tmp_path)
+    assert '\n' not in str(e.value)
 
 def test_what_a_picture_is_tells_its_content_not_its_name(tmp_path):
     folder = shop(tmp_path); (folder/'images').mkdir(); Image.new('RGB', (5, 4), 'red').save(folder/'images'/'B1.jpg', 'PNG')

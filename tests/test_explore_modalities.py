@@ -65,6 +65,24 @@ def test_a_run_that_cannot_be_asked_gets_a_sentence(run, data, tmp_path):
     file.write_text('{'); assert 'damaged' in said()
     file.unlink(); assert 'is no run' in said()
     assert 'folder of a run' in explore_modalities(3, data).parts['said'].text
+    assert 'a data set is needed, not a str' in explore_modalities(run(), 'toys').parts['said'].text
+
+def test_a_short_catalogue_recommends_what_is_left(tmp_path):
+    "Neither padding nor what the user has, where fewer than ten items are left."
+    (tmp_path/'datasets.toml').write_text('[few]\ntitle = "few"\nformat = "csv"\nfiles = {interactions = "a.csv", items = "b.csv"}\n')
+    log = [f'u{u},i{(u*3 + k) % 12},{k}' for u in range(12) for k in range(5 + u % 4)]; (tmp_path/'a.csv').write_text('\n'.join(['user,item,timestamp', *log]))
+    (tmp_path/'b.csv').write_text('\n'.join(['item,title', *(f'i{k},item {k}' for k in range(12))]))
+    d = load_dataset('few', tmp_path); d.features['text'] = Feature(np.eye(13, 6, dtype=np.float32), np.arange(13) > 0)
+    p = explore_modalities(train_recommender(d, 'duaf_mat', epochs=1, d=8, inner=16, layers=1, max_len=6, out_dir=tmp_path, device='cpu'), d).parts
+    for u in range(d.n_users):
+        p['user'].pick(u); own = {*d.test.history(u)[0].tolist()}
+        assert len(p['now'].ids) == min(10, 12 - len(own)) and not own & {*p['now'].ids} and 0 not in p['now'].ids
+
+def test_other_vectors_than_the_run_read(run, data):
+    "Said in a warning; a data set without them in a sentence."
+    r = run(); others = dataclasses.replace(data, features={m: Feature(f.values[::-1].copy(), f.present) for m, f in data.features.items()})
+    with pytest.warns(UserWarning, match='was trained on other vectors of items'): load_model(r, others)
+    assert 'reads vectors of image, text, and these data have none' in explore_modalities(r, dataclasses.replace(data, features={})).parts['said'].text
 
 def test_a_run_deleted_under_way_does_no_harm(run, data):
     r = run(); p = explore_modalities(r, data).parts; shutil.rmtree(r.path); p['user'].pick(5); p['use_text'].value = False; assert bars(p)['text'].max() == 0

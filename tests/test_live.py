@@ -1,7 +1,7 @@
 "train_live and explore_runs over a real, short training: paused, killed, gone on with; watched while it moves."
-import asyncio, os, signal, subprocess, sys, time
+import asyncio, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import polars as pl, psutil, pytest
+import numpy as np, polars as pl, psutil, pytest
 from mmrec_wb.core.record import load_run
 from mmrec_wb.explore.live import train_live
 from mmrec_wb.explore.runs import explore_runs, follow
@@ -53,6 +53,13 @@ def test_it_outlives_the_notebook(tmp_path):
 @pytest.mark.parametrize('name, given, says', [('rodop', {}, 'did you mean rodpo'), ('baseline', dict(epoch=3), 'did you mean epochs'),
                                                ('x.ipynb', {}, 'is no notebook')])
 def test_a_sentence(name, given, says): assert says in train_live(name, **given).parts['said'].text
+
+def test_a_run_that_was_deleted_can_be_made_again(tmp_path):
+    "And the folder may be given as a path, a number as numpy's."
+    given = dict(TINY, out_dir=tmp_path/'runs', epochs=1, max_users=np.int64(30)); x = train_live('baseline', **given); until(lambda: x.refresh() is False, 120)
+    assert '<b>finished</b>' in x.parts['note'].value, job_state(x.cell); [a] = (tmp_path/'runs').glob('sasrec-*'); shutil.rmtree(a); x.refresh()
+    assert f'{a.name} is no longer in' in x.parts['said'].text and not x.parts['go'].disabled
+    x.parts['go'].click(); until(lambda: x.refresh() is False, 120); assert '<b>finished</b>' in x.parts['note'].value and load_run(a).finished
 
 def test_a_failure_is_a_sentence(tmp_path):
     x = train_live('baseline', out_dir=str(tmp_path/'runs'), epochs=0); until(lambda: x.refresh() is False)

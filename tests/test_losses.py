@@ -420,7 +420,9 @@ def test_settings_without_a_part_do_not_tell_runs_apart():
     (dict(strategy='my.module:f'), 'use uniform or popularity'), (dict(loss='kto', batch_size=1), 'batch_size of 2'),
     (dict(loss='dpo', loss_settings='gamma=1'), 'unknown setting of dpo'), (dict(loss='simpo', loss_settings='gama=1'), 'did you mean gamma'),
     (dict(loss='beta_dpo', loss_settings='rho .1'), 'give name=value'),
-    (dict(loss='robust', label_smoothing=.5), 'below .5'), (dict(loss='dpoo'), 'did you mean dpo')])
+    (dict(loss='robust', label_smoothing=.5), 'below .5'), (dict(loss='dpoo'), 'did you mean dpo'),
+    (dict(epoch=1), 'did you mean epochs'), (dict(noise_on='lgits'), 'did you mean logits'), (dict(eta_over='stp'), 'did you mean step'),
+    (dict(hardness_from='backbon'), 'did you mean backbone'), (dict(decoding='gready:x'), 'did you mean greedy')])
 def test_what_makes_no_sense_is_one_line(settings, says):
     from mmrec_wb.training.hanorec import settled
     with pytest.raises(WorkbenchError, match=says) as e: settled(settings)

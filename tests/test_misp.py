@@ -193,6 +193,15 @@ def test_kept_proposals_are_what_is_drawn_from():
     one = [sae_proposal(own[[r]], 10, .1, context, 3) for r in range(2)]                                   # whoever else is in the chunk
     torch.testing.assert_close(ids, torch.cat([i for i, _ in one])); torch.testing.assert_close(logq, torch.cat([q for _, q in one]))
 
+def test_a_positive_without_a_picture(mode='none'):
+    "Its words decide who is in the pool; there is nothing to explain: greedy takes the nearest, a draw any of the pool."
+    n, g = 40, torch.Generator().manual_seed(0); v, t = torch.randn(n + 1, 8, generator=g), torch.randn(n + 1, 6, generator=g); v[0] = t[0] = 0; v[7] = 0
+    f = Factors(Sae(8, 6, units=8), v, t); own = torch.tensor([[7, 3, 4], [8, 3, 4]])
+    words = torch.nn.functional.normalize(t, dim=1); near = [i for i in (words[7] @ words.T).argsort(descending=True).tolist() if i not in (0, 7, 3, 4)]
+    ids, _ = sae_proposal(own, 10, .1, dict(sae=f, mode='none'), 3); assert ids[0].tolist() == near[:3]
+    ids, logq = sae_proposal(own, 10, .1, dict(sae=f, mode='sampled'), 3); there = logq[0].isfinite()
+    assert set(ids[0][there].tolist()) == set(near[:10]) and torch.allclose(logq[0][there].exp(), torch.tensor(.1)) and logq[1][logq[1].isfinite()].std() > .01
+
 def test_x_can_be_given():
     f, y, history = factors(), torch.tensor([3]), torch.tensor([[5, 6, 0]])
     one, other = (dict(sae=f, x=x) for x in (f.histories(history), torch.randn(1, 5, generator=gen())))
@@ -231,7 +240,8 @@ def test_misp_weighs_the_draws_of_every_strategy(data, strategy, mode):
     torch.manual_seed(5); _, logq = m.draw(m.states(b)[b.targets > 0].detach(), b, y, seen_before(data, b))
     want = torch.log1p((-logq).exp().mean(1)).mean() if mode == 'sampled' else math.log(4)
     assert float(parts['preference']) == pytest.approx(float(want), rel=1e-4)
-    assert 1 <= float(parts['ess']) <= 3 and float(parts['weight_max']) > 0 and all(p.grad.isfinite().all() for p in m.policy.parameters())
+    assert 1 <= float(parts['ess']) <= 3 and 1/3 - 1e-4 <= float(parts['weight_max']) <= 1
+    assert (mode != 'none' or float(parts['weight_max']) < 1/3 + 1e-4) and all(p.grad.isfinite().all() for p in m.policy.parameters())
 
 def test_kept_for_all_targets_or_drawn_at_every_step(data, monkeypatch):
     "The same picks either way; draws have the same probabilities."

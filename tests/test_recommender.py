@@ -9,6 +9,7 @@ from mmrec_wb.core.record import load_run
 from mmrec_wb.data import load_dataset
 from mmrec_wb.data.batches import Batch, eval_batches, train_batches, train_windows
 from mmrec_wb.data.clean import leave_one_out
+from mmrec_wb.data.features import add_features
 from mmrec_wb.models.base import Recommender
 from mmrec_wb.models.sasrec import SASRec
 from mmrec_wb.training.ranking import metrics_of, rank_all
@@ -116,6 +117,7 @@ import resource, numpy as np, torch
 from types import SimpleNamespace
 from mmrec_wb.data.batches import train_batches
 from mmrec_wb.data.clean import leave_one_out
+from mmrec_wb.data.features import add_features
 from mmrec_wb.models.sasrec import SASRec
 from mmrec_wb.training.ranking import rank_all
 U, I, L = 10_000, 50_000, 5
@@ -184,7 +186,24 @@ def test_the_notebook(tmp_path):
     assert pop.frame('ranks')['rank'].equals(run.frame('ranks')['rank_popularity'].rename('rank'))
 
 NONSENSE = {'model': (dict(model='sasrek'), 'did you mean sasrec'), 'main_loss': (dict(main_loss='bce'), 'known: bce_sampled, ce'),
-            'heads': (dict(heads=3), 'multiple of'), 'tracker': (dict(report_to='wandbb'), 'not installed')}
+            'heads': (dict(heads=3), 'multiple of'),
+            'epochs': (dict(epochs=0), 'epochs=0: give at least 1'), 'lr': (dict(lr=-.1), 'lr=-0.1: give 0 to 1'),
+            'tracker': (dict(report_to='wandbb'), 'not installed')}
+
+def test_a_changed_fusion_of_ones_own_is_another_run(tmp_path, monkeypatch):
+    "And the record names the encoders that the vectors came from."
+    import importlib, sys
+    monkeypatch.syspath_prepend(str(tmp_path)); file, runs = tmp_path/'myfusion.py', []
+    data = load_dataset('toys', source='planted', planted_users=40, planted_items=60)
+    vectors = np.random.default_rng(0).normal(size=(data.n_items, 4)).tolist()
+    pl.DataFrame(dict(raw_id=data.catalogue['raw_id'][1:], vector=vectors)).write_parquet(tmp_path/'mine.parquet')
+    add_features(data, ('text',), encoders=dict(text=tmp_path/'mine.parquet'))
+    for base in ('MeanFusion', 'StaticFusion'):
+        file.write_text(f'from mmrec_wb.models.fusion import {base} as Base\nclass Mine(Base): pass\n')
+        sys.modules.pop('myfusion', None); importlib.invalidate_caches(); small = dict(epochs=1, d=8, inner=16, layers=1, max_len=6, device='cpu')
+        runs.append(train_recommender(data, 'duaf_mat', fusion='myfusion:Mine', out_dir=tmp_path/'runs', **small))
+    assert runs[0].path != runs[1].path and runs[0].params['fusion_code'] != runs[1].params['fusion_code']
+    assert runs[0].info['encoders'] == [str(tmp_path/'mine.parquet'), 'efficientnet-lite0']
 
 @pytest.mark.parametrize('what', NONSENSE)
 def test_nonsense_is_one_line_and_leaves_nothing(tmp_path, what):

@@ -5,12 +5,14 @@ import nbformat, numpy as np, polars as pl, pytest, torch
 from mmrec_wb.core.errors import WorkbenchError
 from mmrec_wb.core.paths import project_root
 from mmrec_wb.core.record import load_run
-from mmrec_wb.data import load_dataset
+from mmrec_wb.data import Feature, load_dataset
 from mmrec_wb.data.batches import train_batches
+from mmrec_wb.data.features import add_features
 from mmrec_wb.models.sasrec import SASRec
 from mmrec_wb.preference.losses import LOSSES
 from mmrec_wb.training.ranking import rank_all
-from mmrec_wb.training.rodpo import Preferring, load_model, log_partition, seen_before, settled, train_rodpo
+from mmrec_wb.training.recommender import train_recommender
+from mmrec_wb.training.rodpo import Preferring, another, load_model, log_partition, seen_before, settled, train_rodpo
 ROOT = project_root()
 
 @pytest.fixture(scope='module')
@@ -181,13 +183,44 @@ NONSENSE = {'a base that is not trained': (dict(base='pop'), 'nothing to go on w
             'no such strategy': (dict(strategy='topkk'), 'did you mean topk'),
             'a pool that stays of a strategy without one': (dict(strategy='uniform', pool_refresh='epoch'), 'use one of topk, hard'),
             'no such run': (dict(base_run='runs/none'), 'is no run'),
-            'a window that is upside down': (dict(strategy='rank_window', window_from=9, window_to=3), 'window')}
+            'a window that is upside down': (dict(strategy='rank_window', window_from=9, window_to=3), 'window'),
+            'a reward for the rejected': (dict(beta=-1.), 'beta=-1.0: give at least'), 'no beta': (dict(loss='ipo', beta=0.), 'beta=0'),
+            'no epochs': (dict(epochs=0), 'epochs=0: give at least 1'), 'no epochs of the base': (dict(base_epochs=0), 'epochs=0: give at least 1'),
+            'no patience': (dict(patience=0), 'patience=0'), 'the wrong way': (dict(lr=-1.), 'lr=-1.0: give 0 to 1')}
 
 @pytest.mark.parametrize('what', NONSENSE)
 def test_nonsense_is_one_line(data, tmp_path, what):
     more, says = NONSENSE[what]
     with pytest.raises(WorkbenchError, match=says) as e: train_rodpo(data, out_dir=tmp_path, **SMALL | more)
     assert '\n' not in str(e.value) and not list(tmp_path.glob('rodpo-*'))
+
+def test_other_vectors_are_another_run(tmp_path):
+    "What reads vectors has them in its identity; a base on other vectors says so, and one without them what it lacks."
+    data = load_dataset('toys', source='planted', planted_users=60, planted_items=80); add_features(data, progress=False)
+    at = lambda **more: train_rodpo(data, **dict(out_dir=tmp_path) | SMALL | more)
+    one, base = at(loss='hanorec'), at(base='hm4sr'); assert at(loss='hanorec').path == one.path and 'vectors' not in at().params
+    stage1 = str(tmp_path/base.info['base_run']); was, order = data.features, np.r_[0, 1 + np.random.default_rng(0).permutation(data.n_items)]
+    data.features = {m: Feature(f.values[order], f.present[order]) for m, f in was.items()}
+    other = at(loss='hanorec'); assert other.path != one.path and other.params['vectors'] != one.params['vectors']
+    with pytest.warns(UserWarning, match='other vectors of items'): assert at(base_run=stage1).path != base.path
+    data.features = {}
+    with pytest.raises(WorkbenchError, match='reads vectors of image, text, and these data have none: use what add_features'): at(base_run=stage1, lr=1e-3)
+
+def test_kto_compares_with_the_item_of_somebody_else():
+    "Each user's rows meet rows of another; every row is met once."
+    for counts in ([3, 1, 2, 5, 4], [1, 1], [4, 4], [2, 7, 6]):
+        user = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]; found = another(user)
+        assert (user[found] != user).all() and found.sort()[0].equal(torch.arange(len(user)))
+    assert another(torch.zeros(3, dtype=torch.int64)).tolist() == [0, 1, 2]           # one user alone has nobody else
+
+def test_the_notebook_reads_what_the_base_reads(tmp_path):
+    "base_run names an hm4sr; the notebook's `base` is another."
+    data = load_dataset('toys', source='planted', max_users=60); add_features(data, progress=False)
+    size = {k: SMALL[k] for k in ('d', 'heads', 'layers', 'inner', 'max_len')}
+    base = train_recommender(data, 'hm4sr', max_users=60, out_dir=tmp_path/'runs', epochs=2, device='cpu', **size)
+    p, out = papermill(tmp_path, base_run=base.path, epochs=1); assert p.returncode == 0, p.stderr[-3000:]
+    said = ' '.join(str(c.outputs) for c in nbformat.read(out, 4).cells if c.cell_type == 'code')
+    assert 'hm4sr + dpo, topk' in said and 'sasrec + dpo' not in said
 
 def papermill(tmp, **params):
     given = {'out_dir': tmp/'runs', 'dataset': 'toys', 'source': 'planted', 'max_users': 60, **params}

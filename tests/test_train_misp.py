@@ -8,7 +8,7 @@ from mmrec_wb.core.record import load_run
 from mmrec_wb.data import load_dataset
 from mmrec_wb.data.features import add_features
 from mmrec_wb.mllm.backbones import load_backbone, lora_config
-from mmrec_wb.mllm.prompts import Collator
+from mmrec_wb.mllm.prompts import NOTHING, Collator
 from mmrec_wb.mllm.tasks import examples, with_picture
 from mmrec_wb.data.batches import training_items
 from mmrec_wb.training.misp import MISP, pictured, picture_negatives, settled, train_misp
@@ -88,6 +88,13 @@ def test_the_loss_is_that_of_log_probabilities_one_by_one(trainer, questions, si
             total += float(image + .7*text)/3
     assert got == pytest.approx(total, abs=2e-4) and abs(got - math.log(4) - .7*math.log(2)) > 1e-3
 
+def test_a_loss_per_token_is_per_token(trainer, questions):
+    "ipo: (the mean gap of the answers' tokens minus 1/(2 beta)), squared, as in train_hanorec; not of their sums."
+    t, collate = trainer(loss='ipo', beta=.5, lambda_text=0.); x = collate(rows_of(questions, 3)); got = value_and_gradient(t, x)[0]
+    with torch.no_grad(): r = (t.policy_log_probs(t.model, x) - t.frozen_log_probs(t.model, x))[:, :-2]
+    n = x.get('counts', x['answers'] != NOTHING).sum(2)[:, :-2]; assert n.min() > 1
+    want = lambda r: float(((r[:, :1] - r[:, 1:] - 1/(2*.5))**2).mean()); assert got == pytest.approx(want(r/n), rel=1e-4) and abs(want(r) - want(r/n)) > 1e-2
+
 def test_misp_without_weights_is_sdpo_and_with_one_picture_dpo(trainer, questions):
     for K, other in ((3, 'sdpo'), (1, 'dpo')):
         (t, collate), (o, _) = trainer(beta=.5), trainer(loss=other, beta=.5)
@@ -108,7 +115,8 @@ def test_a_step_makes_the_positive_likelier(trainer, questions):
 # ---- settings ----
 WRONG = [(dict(strategy='saee'), 'did you mean sae'), (dict(negatives=0), 'at least 1'), (dict(misp_mode='sampled', strategy='uniform'), 'strategy=sae'),
          (dict(loss='hanorec'), 'needs'), (dict(loss='mdpo'), 'needs'), (dict(task='top3'), 'yes_no'), (dict(text_side='left'), 'positive'),
-         (dict(sea_units=3), 'did you mean')]
+         (dict(sea_units=3), 'did you mean'), (dict(loss='sdpo', misp_mode='sampled'), 'a form of loss=misp'), (dict(beta=-1.), 'at least 0'),
+         (dict(prefilter=0), 'at least 1'), (dict(sae_units=-1), 'at least 1'), (dict(preference_epochs=0), 'at least 1'), (dict(clip=-3.), 'at least 0')]
 @pytest.mark.parametrize('what, says', WRONG)
 def test_nonsense_is_one_line(what, says):
     with pytest.raises(WorkbenchError, match=says) as e: settled(what)
@@ -116,7 +124,7 @@ def test_nonsense_is_one_line(what, says):
 
 def test_settings_without_a_part_do_not_tell_runs_apart():
     of = lambda **k: settled(k)[1]
-    assert of(temperature=.7) == of() and of(clip=3.) == of() and of(strategy='uniform', prefilter=9, sae_units=3) == of(strategy='uniform')
+    assert of(temperature=.7) == of() and of(clip=3.) == of() and of(strategy='uniform', prefilter=9, sae_units=3, clip=3.) == of(strategy='uniform')
     assert of(misp_mode='sampled', div_weight=3.) == of(misp_mode='sampled') != of(misp_mode='sampled', temperature=.7) and of()['beta'] == .5
 
 def test_no_pictures_is_one_line(tmp_path):

@@ -7,7 +7,7 @@ __all__ = ['READERS', 'OPTIONS', 'LEAST', 'WORD', 'Feature', 'Dataset', 'data_fo
            'load_dataset', 'card']
 
 # %% ../../nbs/data/dataset.ipynb #eacc61b5
-import hashlib, json, os, tomllib
+import hashlib, json, os, re, tomllib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ class Dataset:
     catalogue: pl.DataFrame # row i = item i: id, raw_id, title, text, category, image, image_offset, image_size
     fingerprint: str        # of interactions, catalogue and pictures; not of the folder
     features: dict = field(default_factory=dict)       # modality -> Feature
+    encoders: dict = field(default_factory=dict)       # modality -> who made it, as `add_features` was told
     truth: dict|None = None                            # planted only: name -> frame
     dropped: dict = field(default_factory=dict)        # what cleaning took away, counted
     image_problems: dict = field(default_factory=dict) # item id -> why its picture could not be shown
@@ -101,9 +102,13 @@ def _entries(path, ours=None) -> dict:
     if odd := [n for n, e in known.items() if not isinstance(e, dict)]: raise WorkbenchError(f'{path}: {odd[0]} is no data set; begin its part with [{odd[0]}]')
     whole = {name: entry for name, entry in ((ours or {}) | known).items() if 'derived' not in entry}
     for name, entry in known.items():
+        if not re.fullmatch(r'\w[\w.+-]*', name): raise WorkbenchError(f'{path}: [{name[:60]!r}] is no name; use letters, digits, . + - and _')
+        odd = [k for k, kind in dict(derived=dict, files=dict, format=str, where=str).items() if not isinstance(entry.get(k, kind()), kind)]
+        odd += [f'files.{k}' for k, v in entry.get('files', {}).items() if not isinstance(v, str)] if 'files' not in odd else []
+        if odd: raise WorkbenchError(f'{path}: {odd[0]} of [{name}] is of the wrong type; write it as the other data sets do')
         if name not in whole:
             base = entry['derived'].get('from')
-            if base not in whole: raise unknown(f'data set to derive {name} from in {path}', base, whole)
+            if not isinstance(base, str) or base not in whole: raise unknown(f'data set to derive {name} from in {path}', base, whole)
             known[name] = entry = {k: v for k, v in whole[base].items() if k != 'planted'} | entry
         for key in ('format', 'files'):
             if key not in entry: raise WorkbenchError(f'{path}: [{name}] has no {key!r}; add it as the other data sets have it')
@@ -113,6 +118,7 @@ def _entries(path, ours=None) -> dict:
             raise WorkbenchError(f'{path}: the files of [{name}] lack {lost[0]!r}; format {entry["format"]} needs {" and ".join(READERS[entry["format"]][1])}')
     return known
 
+# %% ../../nbs/data/dataset.ipynb #d8358558
 def registry(
     path: str|Path|None=None,    # one file only; default: data/datasets.toml of this checkout, and datasets.toml in the folder of the raw files
     data_dir: str|Path|None=None # that folder, as in `load_dataset`

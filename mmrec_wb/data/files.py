@@ -8,6 +8,7 @@ __all__ = ['TIMES', 'LOG', 'SUFFIXES', 'MAX_PIXELS', 'MAX_BYTES', 'bad_line', 'l
 
 # %% ../../nbs/data/files.ipynb #60fd4395
 import gzip, html, io, json, os, warnings, zlib
+import numpy as np
 from pathlib import Path
 import polars as pl
 from PIL import Image, ImageOps
@@ -142,5 +143,6 @@ def open_picture(path: str|Path, offset: int|None=None, size: int|None=None) -> 
         if im.width*im.height > MAX_PIXELS: raise ValueError(f'{im.width} x {im.height} pixels')
         if max(im.size) > 100*min(im.size): raise ValueError(f'{im.width} x {im.height} pixels, a strip')    # whoever scales its short side blows it up
         im = ImageOps.exif_transpose(im)
+        if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))     # 16 bits a pixel
         if im.has_transparency_data: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
         return im.convert('RGB')

@@ -56,7 +56,10 @@ def read_interactions(
     "The interactions of a csv file with a header."
     header(path, names)
     kinds = [pl.String if id_ is ident else pl.Int64]*2 + [pl.Int64]
-    def fast(f): return pl.read_csv(f, columns=list(names), schema_overrides=dict(zip(names, kinds))).select(pl.col(n).alias(c) for n, c in zip(names, LOG))
+    def fast(f): # all columns, so that a line with a field too many fails; one with too few leaves the last one empty
+        frame = pl.read_csv(f, infer_schema=False, schema_overrides=dict(zip(names, kinds)))
+        if frame[frame.columns[-1]].null_count(): raise ValueError
+        return frame.select(pl.col(n).alias(c) for n, c in zip(names, LOG))
     def parse(row): return id_(row[names[0]]), id_(row[names[1]]), seconds(row[names[2]].strip())
     return read_log(path, fast, parse, table(path, names))
 

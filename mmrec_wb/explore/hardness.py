@@ -89,6 +89,7 @@ def sources(
     data=None   # shows all items of the runs that were trained on it
 ) -> dict: # label -> Pairs
     "What can be compared: each run, and each strategy of it."
+    if data is not None and not hasattr(data, 'fingerprint'): raise WorkbenchError(f'data={data!r:.60} is no data set: give what load_dataset returns')
     if data is not None and all(r.info.get('fingerprint') != data.fingerprint for r in runs):
         raise WorkbenchError(f'{runs[0].path.name} was not trained on these data ({data.title}): give the data set that it was trained on')
     found = []

@@ -56,6 +56,7 @@ def refresh(self: Live) -> bool: # False: nothing more will come by itself
     self.words = ' · '.join(filter(None, [words, run and run.path.name, run and last_numbers(run), took]))
     self.note.value = f'<div class="wb-hint" role="status"><b>{html.escape(words)}</b>{html.escape(self.words[len(words):])}</div>'
     if status == 'failed': self.said.say(f'{state.get("problem")}; all of it is in the notebook below', 'warn')
+    elif status == 'stopped' and state.get('problem'): self.said.say(state['problem'], 'warn')
     self.link(state); return moving
 
 @patch

@@ -298,7 +298,8 @@ def _draw(self: ModalityView):
 def _best(self: ModalityView, answer):
     "The items with the best scores, without the user's own."
     s = answer.scores.copy(); s[0] = -np.inf; s[self.data.test.history(self.user.value)[0]] = -np.inf
-    best = np.argpartition(-s, TOP)[:TOP] if len(s) > TOP else np.arange(1, len(s)); return [int(i) for i in best[np.argsort(-s[best], kind='stable')]]
+    best = np.argpartition(-s, TOP)[:TOP] if len(s) > TOP else np.arange(len(s)); best = best[np.isfinite(s[best])]
+    return [int(i) for i in best[np.argsort(-s[best], kind='stable')]]
 
 @patch
 def _place(self: ModalityView, answer, target):

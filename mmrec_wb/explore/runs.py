@@ -212,6 +212,7 @@ class Shown:
         at = pl.Series([k for k, hay in enumerate(self.hay) if hit(hay)], dtype=pl.Int64)
         keep = at.filter(pl.Series(self.table['status'].gather(at) == status)) if status else at
         values = self.values(sort if sort in [c['key'] for c in columns] else 'started').gather(keep)
+        if values.dtype.is_float(): values = values.fill_nan(None)
         order = keep.gather(values.arg_sort(descending=down, nulls_last=True))
         kind = lambda k: k if k in ('wall_seconds', 'started') else 'number' if k not in COLUMNS and k in self.table.columns else ''
         cells = [[_cell(v, kind(c['key'])) for v in self.values(c['key']).gather(order)] for c in columns]

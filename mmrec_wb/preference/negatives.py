@@ -155,7 +155,9 @@ def sae_pool(
     else:
         with _masked(_alike(factors, positives), own) as s: _, ids, left = _pool(s, own, pool)
     if x is None and words: x = factors.histories(own[:, 1:])
-    return candidates(factors, positives, x, ids, torch.arange(ids.shape[1], device=ids.device) < left)
+    c, blind = candidates(factors, positives, x, ids, torch.arange(ids.shape[1], device=ids.device) < left), ~factors.present[positives]
+    for k in ('z', 's', 'difficulty', 'deviation'): c[k][blind] = 0                                           # nothing tells an item from what cannot be seen
+    c['s'].masked_fill_(~c['there'], -torch.inf); return c
 
 # %% ../../nbs/preference/negatives.ipynb #a6e983cb
 def sae_proposal(

@@ -19,9 +19,9 @@ from ..core.paths import atomic_write
 from ..core.record import Run
 from ..core.seeds import rng, set_seed
 from ..data.encoders import ENCODERS
-from ..data.features import check_recorded, recorded_data
+from ..data.features import check_recorded, check_vectors, recorded_data, vectors_digest
 from ..preference.sae import Factors, Sae, fit_sae, projection, unit_rows
-from .hanorec import opened, pick_device, thumbnails, vectors_digest
+from .hanorec import opened, pick_device, thumbnails
 
 # %% ../../nbs/training/factors.ipynb #8ab8f818
 def check_features(data, visual: str, kind: str):
@@ -122,6 +122,9 @@ def labels_of(level, k, positive, other=None) -> np.ndarray: # bool [n, 1 + k]
     return np.concatenate([(level[positive] != level[other])[:, None], has & (level[positive] != level[other])[:, None]], 1)
 
 # %% ../../nbs/training/factors.ipynb #9628395e
+def _read(data, s): # modality -> vectors, of those that such an autoencoder reads
+    return {m: data.features[m] for m in sorted({s['visual'], *(['text'] if s['kind'] == 'pairs' else [])})}
+
 SAE = dict(units=128, activation='sigmoid', rho=.05, gamma=1., active=8)
 
 def train_sae(
@@ -141,9 +144,10 @@ def train_sae(
     "Train a sparse autoencoder on what tells items apart. A finished run of the same settings is reloaded, an unfinished one goes on."
     s = dict(units=units, activation=activation, rho=rho, gamma=gamma, active=active, d=d, visual=visual, kind=kind, pool=pool, epochs=epochs,
              pairs_per_target=pairs_per_target, batch_size=batch_size, lr=lr, energy=energy)
-    s = _settled(data, s); read = {m: data.features[m] for m in sorted({s['visual'], *(['text'] if kind == 'pairs' else [])})}
+    s = _settled(data, s); read = _read(data, s)
     facts = dict(notebook=notebook, max_users=max_users, planted_seed=planted_seed if data.source == 'planted' else None, modalities=sorted(data.features),
-                 encoders=[text_encoder, image_encoder], loader='mmrec_wb.training.factors:load_factors'); device = pick_device(device)
+                 encoders=[data.encoders.get('text', text_encoder), data.encoders.get('image', image_encoder)],
+                 loader='mmrec_wb.training.factors:load_factors'); device = pick_device(device)
     with opened('sae', data.name, seed, s | dict(vectors=vectors_digest(read)), data.fingerprint, data.source, out_dir, resume, **facts) as run:
         if not run.finished: _train(run, data, read, s, seed, device, progress)
     return run
@@ -204,7 +208,7 @@ def load_factors(
     if not run.finished: raise WorkbenchError(f'{run.path.name} is not finished: run it again')
     if data is None: data = recorded_data(i)
     check_recorded(run, data)
-    check_features(data, run.params['visual'], run.params['kind'])
+    check_features(data, run.params['visual'], run.params['kind']); check_vectors(run, _read(data, run.params), run.params['vectors'])
     part = lambda name: {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
     try:
         with safe_open(run.path/'sae.safetensors', 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}

@@ -22,7 +22,8 @@ def job(
     out: str|Path=''        # the executed notebook; empty: <out_dir>/notebooks/<name>-<hash>.ipynb
 ) -> dict: # notebook, params, name, folder (of runs), output, state (its file), log, given (what papermill sets)
     "What is to be run, checked."
-    file, params = find_notebook(notebook), dict(params or {}); names = parameters_of(file) if params else []
+    plain = lambda v: str(v) if isinstance(v, Path) else v.item() if hasattr(v, 'item') else v                    # a number of numpy's, too
+    file, params = find_notebook(notebook), {k: plain(v) for k, v in (params or {}).items()}; names = parameters_of(file) if params else []
     if odd := [n for n in params if n not in names]: raise unknown(f'parameter of {file.name}', odd[0], names)
     folder, own = resolve(params.get('out_dir') or 'runs'), {k: v for k, v in params.items() if k != 'out_dir'}
     seed = own.get('seed', 0); digest = run_hash(notebook=notebook_place(file), params=own, seed=seed)
@@ -157,6 +158,8 @@ def job_state(cell: dict) -> dict: # status: new, running, paused, stopped, fail
     "How a job is doing; one whose process is gone without a word is stopped."
     state = cell_state(cell['state'])
     if state.get('status') not in ('running', 'finished', 'failed', 'stopped'): return state | dict(status='new')
+    if lost := [n for n in state.get('runs') or [] if state['status'] == 'finished' and not (Path(cell['folder'])/n/'run.json').exists()]:
+        return state | dict(status='stopped', problem=f'{lost[0]} is no longer in {cell["folder"]}: go on, and it is made again')
     if state['status'] != 'running': return state
     if p := _process(state): return state | dict(status='paused' if p.status() == psutil.STATUS_STOPPED else 'running')
     again = cell_state(cell['state'])                              # it may have ended between the two looks

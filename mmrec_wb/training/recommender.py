@@ -16,12 +16,12 @@ from ..core.processes import processes, together
 from ..core.record import Run, own_code
 from ..core.seeds import rng, set_seed
 from ..data.encoders import ENCODERS
-from ..data.features import check_recorded, recorded_data
+from ..data.features import check_recorded, check_vectors, recorded_data, vectors_digest
 from ..models import get_model
 from ..models.moe import active_parameters, total_parameters
 from ..models.pop import Pop
-from .fit import check_tracker, fit
-from .hanorec import opened, pick_device, thumbnails, vectors_digest
+from .fit import check_loop, check_tracker, fit
+from .hanorec import opened, pick_device, thumbnails
 from .ranking import metrics_of, rank_all
 
 # %% ../../nbs/training/recommender.ipynb #495958e3
@@ -86,11 +86,11 @@ def train_recommender(
     **settings           # of the loop (FIT), of the place (PLACE), or of the model
 ) -> Run: # with the test metrics at the best valid epoch
     "Train and evaluate a score-based recommender. A finished run of the same settings is reloaded, an unfinished one goes on."
-    loop, place, own = _sorted_out(model, settings); Model = get_model(model); check_tracker(place['report_to'])
+    loop, place, own = _sorted_out(model, settings); Model = get_model(model); check_tracker(place['report_to']); check_loop(loop)
     net, device = build(Model, data, own, place['seed']), pick_device(place['device'])       # what cannot be built leaves no run behind
     said = {k: v for k, v in own.items() if k not in getattr(Model, 'later', ()) or v != own_settings(model)[k]}
     vectors = dict(vectors=vectors_digest(data.features)) if getattr(Model, 'uses_features', False) else {}
-    params = dict(model=model, **loop, **said, **own_code(model=model), **vectors)
+    params = dict(model=model, **loop, **said, **own_code(model=model, fusion=own.get('fusion')), **vectors)
     facts = dict(notes=getattr(net, 'notes', []), parameters=sizes(net))
     with recorded(model.replace(':', '.'), data, params, place, 'mmrec_wb.training.recommender:load_model', **facts) as run:
         if run.finished: return run
@@ -106,7 +106,7 @@ def train_recommender(
 def recorded(method, data, params, place, loader, **facts):
     "The open run of these parameters, with the facts that every run of a recommender has."
     facts |= dict(notebook=place['notebook'], max_users=place['max_users'], planted_seed=place['planted_seed'] if data.source == 'planted' else None,
-        protocol=PROTOCOL, modalities=sorted(data.features), encoders=[place['text_encoder'], place['image_encoder']], loader=loader)
+        protocol=PROTOCOL, modalities=sorted(data.features), encoders=[data.encoders.get(m, place[f'{m}_encoder']) for m in ('text', 'image')], loader=loader)
     return opened(method, data.name, place['seed'], params, data.fingerprint, data.source, place['out_dir'], place['resume'], **facts)
 
 def sizes(net) -> dict: # total, active: how many parameters there are, and how many of them one token meets
@@ -149,6 +149,11 @@ def load_model(
     Model = get_model(params['model'])
     if data is None: data = recorded_data(i, getattr(Model, 'uses_features', False))
     check_recorded(run, data)
+    if getattr(Model, 'uses_features', False):
+        if set(i['modalities']) != set(data.features):
+            raise WorkbenchError(f'{run.path.name} reads vectors of {", ".join(i["modalities"]) or "nothing"}, and these data have '
+                                 f'{", ".join(sorted(data.features)) or "none"}: use what add_features(data) gave then')
+        check_vectors(run, data.features, params.get('vectors'))
     net = build(Model, data, {k: v for k, v in params.items() if k in own_settings(params['model'])}, i['seed'])
     try: net.load_state_dict(weights) if weights else load_weights(net, run.path/'model.safetensors')
     except Exception as e: raise WorkbenchError(f'{run.path}/model.safetensors cannot be read ({str(e)[:100]}): run again with resume=False') from None

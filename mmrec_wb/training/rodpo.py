@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGE2', 'PREFERENCE', 'MISP', 'SAE', 'USED_BY', 'KEEP', 'KEPT', 'PROBE', 'EXAMPLES', 'settled', 'seen_before',
-           'Preferring', 'random_state', 'random_state_of', 'rows_of', 'log_partition', 'places', 'probe_batches',
-           'hidden_likes', 'later_items', 'known_settings', 'trained_base', 'trained_sae', 'train_rodpo', 'load_model']
+           'Preferring', 'random_state', 'random_state_of', 'another', 'rows_of', 'log_partition', 'places',
+           'probe_batches', 'hidden_likes', 'later_items', 'known_settings', 'trained_base', 'trained_sae',
+           'train_rodpo', 'load_model']
 
 # %% ../../nbs/training/rodpo.ipynb #c0dd6476
 import contextlib, copy
@@ -15,19 +16,21 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from ..core.errors import WorkbenchError, unknown
+from ..core.guard import check
 from ..core.processes import processes, together
 from ..core.record import Run, load_run, own_code
 from ..core.seeds import rng
 from ..data.batches import Batches, train_batches, train_windows
+from ..data.features import vectors_digest
 from ..models import get_model
 from ..models.base import CHUNK, Recommender
 from ..preference.adaptive import DEFAULTS, Extras
 from ..preference.hardness import item_vectors, neighbour_scores, weight
-from ..preference.losses import DIFFERENCES_ONLY, MODES, effective_sample_size, get_loss
+from ..preference.losses import DIFFERENCES_ONLY, MODES, effective_sample_size, get_loss, pulls
 from ..preference.negatives import NEEDS_SCORES, USUAL, by_logq, get_strategy, pool_of, sae_proposal, sample, selection_frame
 from ..preference.selection import effective_support
 from .factors import load_factors, train_sae
-from .fit import check_tracker, fit
+from .fit import check_loop, check_tracker, fit
 from .hanorec import pick_device
 from .recommender import FIT, PLACE, close, load_model as load_recommender, own_settings, recorded, sizes, train_recommender
 from .recommender import write_ranks
@@ -57,9 +60,8 @@ def settled(
     a, b = s['window_from'], s['window_to']
     if not 1 <= a <= b: raise WorkbenchError(f'window_from={a}, window_to={b}: ranks start at 1, and the window must not end before it begins')
     usual = USUAL.get(s['strategy'], dict(pool=20, temperature=1.)); s |= {k: v for k, v in usual.items() if s[k] is None}
-    for k in ('negatives', 'pool'):
-        if s[k] < 1: raise WorkbenchError(f'{k}={s[k]}: give at least 1')
-    if s['lambda_rec'] < 0: raise WorkbenchError(f"lambda_rec={s['lambda_rec']}: give 0 or more")
+    for k, least in dict(negatives=1, pool=1, lambda_rec=0, beta=1e-6, gamma=0, temperature=1e-6).items(): check(k, s[k], (least, None))
+    check('eps', s['eps'], (0, .5))
     usual = DEFAULTS.get(s['loss'], dict(beta=.1))
     s |= {k: s[k] if s[k] is not None and (':' in s['loss'] or k in usual) else usual.get(k) for k in ('beta', 'eps', 'gamma')}
     if s['strategy'] not in NEEDS_SCORES and not own: s['pool_refresh'] = None
@@ -73,7 +75,7 @@ def _misp(s, more):
     if more['misp_mode'] not in MODES: raise unknown('misp_mode', more['misp_mode'], MODES)
     if misp and drawn and s['strategy'] == 'hard':
         raise WorkbenchError(f"misp_mode={more['misp_mode']} weighs draws by their probability, and strategy=hard draws nothing: use misp_mode=none")
-    if more['clip'] < 0 or more['div_weight'] < 0: raise WorkbenchError(f"clip={more['clip']}, div_weight={more['div_weight']}: give 0 or more")
+    for k in ('clip', 'div_weight'): check(k, more[k], (0, None))
     return {k: more[k] for k, has in dict(misp_mode=misp or sae, clip=misp and drawn, div_weight=sae and not drawn).items() if has}
 
 # %% ../../nbs/training/rodpo.ipynb #fdd3490f
@@ -112,6 +114,10 @@ class Preferring(Recommender):
         if s['strategy'] == 'sae': self.context |= dict(sae=factors, mode=s['misp_mode'], div_weight=s.get('div_weight'))
         if s['loss'] == 'hanorec': self.near = torch.from_numpy(neighbour_scores(v := item_vectors(data.features), np.arange(1, len(v)), 10)/.05).softmax(1)
 
+    def everywhere(self, counts): # summed over the processes, which share what is saved
+        if processes()[1] > 1: torch.distributed.all_reduce(counts)
+        return counts
+
     def states(self, batch): return self.policy.states(batch)
     def user_state(self, batch): return self.policy.user_state(batch)
     def item_vectors(self): return self.policy.item_vectors()
@@ -124,7 +130,7 @@ class Preferring(Recommender):
         self.masks = random_state(y); states = own.states(batch); look = self.looking(y, seen, found)
         parts = own.loss_from(batch, states, look) if own.shares_states else own.loss(batch); base, h = parts.pop('loss'), states[real]
         ids, logq = map(torch.cat, zip(*found)) if found else self.draw(h.detach(), batch, y, seen)
-        self.drawn += torch.bincount(ids.flatten(), minlength=len(self.drawn))
+        self.drawn += self.everywhere(torch.bincount(ids.flatten(), minlength=len(self.drawn)))
         each, more = self.each(*self.pairs(batch, h, items := torch.cat([y[:, None], ids], 1)), items, logq)
         return dict(loss=each.mean() + s['lambda_rec']*base, preference=each.detach().mean(), backbone=base.detach(), **parts, **more)
 
@@ -139,6 +145,11 @@ def random_state_of(state):
         if state: torch.set_rng_state(state[0]); state[1] is None or torch.cuda.set_rng_state(state[1])
         yield
 
+def another(user: torch.Tensor) -> torch.Tensor: # [n] -> a row of somebody else for each, where there is one
+    "Users in order, moved on by as many rows as the longest has."
+    order = user.argsort(stable=True); most = int(user.unique(return_counts=True)[1].max())
+    return torch.empty_like(order).scatter_(0, order, order.roll(-most))
+
 def rows_of(model, h): # of scores at a time
     return max(32, CHUNK.get(h.device.type, 2**26)//len(model.drawn))
 
@@ -151,8 +162,8 @@ def log_partition(model, h) -> torch.Tensor: # [n]
 # %% ../../nbs/training/rodpo.ipynb #35722ec4
 @patch
 def pairs(self: Preferring, batch, h, items): # h [n, d], items [n, 1+K] -> policy, reference [n, 1+K]
-    "Scores of the chosen item and the rejected ones; log-probabilities where the loss needs them. For kto one column more: another row's chosen item."
-    if self.s['loss'] == 'kto': items = torch.cat([items, items[:, :1].roll(1, 0)], 1)
+    "Scores of the chosen item and the rejected ones; log-probabilities where the loss needs them. For kto one column more: another user's chosen item."
+    if self.s['loss'] == 'kto': items = torch.cat([items, items[another(batch.user[:, None].expand_as(batch.targets)[batch.targets > 0]), :1]], 1)
     whole, policy = self.s['loss'] not in DIFFERENCES_ONLY, self.policy.scores(h, items)
     if whole: policy = policy - log_partition(self, h)[:, None]
     with torch.no_grad(), random_state_of(self.masks if self.training else None):
@@ -185,9 +196,8 @@ def drawn_from(self: Preferring): # N, about: rows that own much have a few less
 
 @patch
 def weights(self: Preferring, policy, reference, how):
-    "Of the K, how many carry misp's gradient; and the largest weight 1/(N q), before the clip."
-    w = (-how['logq']).exp().amax()/(how.get('pool_size') or 1) if how['mode'] != 'none' else policy.new_ones(())
-    return dict(ess=effective_sample_size(policy, reference, **how).mean(), weight_max=w)
+    "Of the K, how many carry misp's gradient; and the largest share that one has."
+    return dict(ess=effective_sample_size(policy, reference, **how).mean(), weight_max=pulls(policy, reference, **how).amax(1).mean())
 
 # %% ../../nbs/training/rodpo.ipynb #8efce44d
 @patch
@@ -419,11 +429,14 @@ def train_rodpo(
     if base_run: base = load_run(base_run).params.get('model', base)
     if not getattr(get_model(base), 'trained', True):
         raise WorkbenchError(f'base={base} is not trained, so there is nothing to go on with: use sasrec, hm4sr or duaf_mat')
-    stage1, loop, place, s = _sorted_out(base, settings); check_tracker(place['report_to']); seed, device = place['seed'], pick_device(place['device'])
+    stage1, loop, place, s = _sorted_out(base, settings); check_tracker(place['report_to']); check_loop(loop)
+    seed, device = place['seed'], pick_device(place['device'])
     first = trained_base(data, base, base_run, stage1, place)
     unlike = lambda name, r: {f'{name}_hash': r.path.name[-8:]} | ({f'{name}_seed': r.info['seed']} if r.info['seed'] != seed else {})
     sae = trained_sae(data, sae_run, {k: v for k, v in settings.items() if k in SAE}, place) if s['strategy'] == 'sae' else None
     model = Preferring(load_recommender(first, data), data, s, seed, sae and load_factors(sae, data))
+    reads = getattr(get_model(base), 'uses_features', False) or s['loss'] == 'hanorec' or sae
+    if reads: s = s | dict(vectors=vectors_digest(data.features))
     params = dict(base=base, **loop, **s, **own_code(loss=s['loss'], strategy=s['strategy']), **unlike('base', first), **(unlike('sae', sae) if sae else {}))
     facts = dict(sae_run=sae.path.name, sae_params=sae.params) if sae else {}
     facts |= dict(base_run=first.path.name, base_params=first.params, notes=first.info.get('notes', []), parameters=sizes(model.policy))

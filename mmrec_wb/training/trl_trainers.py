@@ -176,7 +176,8 @@ class PictureTrainer(PreferenceTrainer):
         both = self.policy_log_probs(model, inputs), self.frozen_log_probs(model, inputs)
         image, sides = [x[:, :-2] for x in both], [[0, -2], [-1, 1]][:1 + (self.text_side == 'both')]    # Yes over No; No over Yes
         text = [torch.cat([x[:, side] for side in sides]) for x in both]
-        context = dict(logq=inputs.get('logq'), pool_size=self.pool_size)
+        lengths = inputs.get('counts', inputs['answers'] != NOTHING).sum(2)[:, :-2]
+        context = dict(logq=inputs.get('logq'), pool_size=self.pool_size, lengths=lengths)
         extras = self.extras(*image, **{k: v for k, v in context.items() if k in self.extras.takes})
         loss = self.loss(*image, **extras).mean() + self.lambda_text*dpo(*text, beta=self.extras.beta).mean()
         self._remember(model, inputs, gaps(*image).detach(), extras, image[1], None); self._beside(model, text, image, extras)

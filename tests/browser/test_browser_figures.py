@@ -1,7 +1,8 @@
 "Figures on a slow page, and on one that is loaded again."
 
 LATE = """const make = URL.createObjectURL.bind(URL); window.wbRead = 0;
-URL.createObjectURL = b => b.size < 1e6 ? make(b) : (window.wbRead += 1, make(new Blob(['await new Promise(go => setTimeout(go, 4000));', b], {type: b.type})));"""
+URL.createObjectURL = b => b.size < 1e6 ? make(b) : (window.wbRead += 1,
+  make(new Blob(['await new Promise(go => setTimeout(go, 4000));', b], {type: b.type})));"""
 CELLS = ["""import ipywidgets as W
 from mmrec_wb.explore.shell import *
 a, b, button = live(chart('a').add_bar(y=[1, 2])), live(chart('b').add_bar(y=[1, 2])), W.Button(description='more')
