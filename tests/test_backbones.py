@@ -1,5 +1,5 @@
 "The families of backbones: a tiny random checkpoint of each, written to disk, loaded back, and used as a real one would be. No torchvision, no hub."
-import importlib.util, json
+import importlib.util, json, shutil
 import numpy as np, polars as pl, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -267,6 +267,11 @@ def test_both_stages_train_it(folders, data, tmp_path, name):
         again = score_yes_no(*load_run(r.path).model(), few, test, progress=False)['log_odds']
         assert (again - r.frame('ranks')['log_odds']).abs().max() < 1e-4
         assert (again - answers[-1]).abs().max() > 1e-3; answers.append(again)
+    kept = tmp_path/'copy'; shutil.copytree(folder, kept); how |= dict(backbone=str(kept)); one = train_sft(few, **how)
+    assert train_sft(few, **how).path == one.path
+    (kept/'generation_config.json').write_text('{}')                                          # the same name holds something else now
+    assert train_sft(few, **how).path != one.path
+    with pytest.raises(WorkbenchError, match='holds other files now'): load_run(one.path).model()
 
 @pytest.mark.parametrize('name', ['qwen', 'idefics3'])
 def test_gradient_checkpointing_changes_no_gradient(folders, data, name):

@@ -1,9 +1,9 @@
 "runs_table over whatever may lie in a runs folder, and runs that another process writes."
-import json, time
+import importlib, json, sys, time
 from pathlib import Path
 import numpy as np, polars as pl, pytest
 from mmrec_wb.core.errors import WorkbenchError
-from mmrec_wb.core.record import COLUMNS, load_run, open_run, runs_table
+from mmrec_wb.core.record import COLUMNS, load_run, open_run, own_code, runs_table
 
 def make(folder, method='dpo', seed=0, source='planted', finish=True, **values):
     "A small run with test numbers; its folder."
@@ -108,3 +108,12 @@ def test_a_follower_writes_nothing(tmp_path):
     before = files()
     with open_run(**how, writer=False) as other: assert other.finished and other.frame('ranks').height == 1
     assert files() == before
+
+def test_a_module_that_changed_under_a_running_kernel_is_refused(tmp_path, monkeypatch):
+    "What would run is the old code, so the record must not name the new one; reloaded, it is another run."
+    monkeypatch.syspath_prepend(str(tmp_path)); file = tmp_path/'mymethod.py'
+    file.write_text('def f(): return 1\n'); one = own_code(loss='mymethod:f')
+    file.write_text('def f(): return 22\n')
+    with pytest.raises(WorkbenchError, match='has changed since it was imported'): own_code(loss='mymethod:f')
+    importlib.invalidate_caches(); importlib.reload(sys.modules['mymethod'])
+    assert own_code(loss='mymethod:f') != one and own_code(loss='dpo', fusion=None) == {}

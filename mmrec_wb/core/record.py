@@ -7,7 +7,7 @@ __all__ = ['NEEDED', 'COLUMNS', 'run_hash', 'own_code', 'versions', 'git_commit'
            'RunFollower', 'open_run', 'locked_files', 'status_of', 'folders_of', 'stamp', 'runs_table']
 
 # %% ../../nbs/core/record.ipynb #605bcf16
-import contextlib, hashlib, importlib, json, os, platform, resource, subprocess, time
+import contextlib, hashlib, importlib, json, os, platform, resource, subprocess, time, weakref
 from importlib import metadata
 from pathlib import Path
 import polars as pl
@@ -26,8 +26,16 @@ def run_hash(
 # %% ../../nbs/core/record.ipynb #8047b585
 def own_code(**names) -> dict: # for each package.module:function a digest of its module's source
     "What a run with code of one's own depends on besides its name: a changed module is another run."
-    digest = lambda name: hashlib.sha256(Path(importlib.import_module(name.partition(':')[0]).__file__).read_bytes()).hexdigest()[:8]
-    return {f'{k}_code': digest(name) for k, name in names.items() if name and ':' in name}
+    return {f'{k}_code': _source(name.partition(':')[0]) for k, name in names.items() if name and ':' in name}
+
+_sources = weakref.WeakKeyDictionary()   # module -> how it was imported, its source then
+
+def _source(name):
+    "A digest of a module's source; a file that has changed since it was first used here is not what would run."
+    module = importlib.import_module(name); file = Path(module.__file__); now = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    spec, then = _sources.get(module, (None, now)); then = then if spec is module.__spec__ else now    # `importlib.reload` gives a new spec
+    if then != now: raise WorkbenchError(f'{file} has changed since it was imported: importlib.reload({name}), or restart the kernel')
+    _sources[module] = module.__spec__, now; return now
 
 def versions() -> dict: # package -> version
     "The versions that a result may depend on."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'CHAT', 'PROMPT_WORDS', 'LORA_LAYERS', 'tiny_processor', 'comparing_start', 'tiny_model', 'load_processor',
-           'limit_pictures', 'check_backbone', 'load_backbone', 'lora_config', 'backbone_vectors']
+           'limit_pictures', 'backbone_digest', 'check_backbone', 'load_backbone', 'lora_config', 'backbone_vectors']
 
 # %% ../../nbs/mllm/backbones.ipynb #5d4e79b2
 import json, re
@@ -14,7 +14,7 @@ from torch import nn
 from ..core.errors import WorkbenchError
 from ..core.paths import resolve
 from ..core.seeds import set_seed
-from ..data.encoders import quiet_transformers
+from ..data.encoders import folder_digest, quiet_transformers
 
 # %% ../../nbs/mllm/backbones.ipynb #0a80da6a
 SPECIAL = ['<pad>', '<s>', '</s>', '<image>', '<user>', '<assistant>']
@@ -130,6 +130,12 @@ def _check_weights(folder):
         except Exception as e: raise WorkbenchError(f'{f} is damaged ({_short(e)}): {again}') from None
 
 # %% ../../nbs/mllm/backbones.ipynb #5ac8a9a1
+def backbone_digest(
+    name: str # as in `load_backbone`
+) -> dict: # backbone_digest, of a folder's files; empty for other names
+    "What a run depends on besides a folder's name."
+    return {} if name in ('tiny', 'smollm2') or not resolve(name).is_dir() else dict(backbone_digest=folder_digest(resolve(name)))
+
 def check_backbone(
     name: str # 'tiny', 'smollm2', a folder, or a Hugging Face id
 ):

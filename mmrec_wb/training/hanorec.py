@@ -22,7 +22,7 @@ from ..core.seeds import rng
 from ..data import card
 from ..data.encoders import ENCODERS
 from ..data.features import vectors_digest
-from ..mllm.backbones import backbone_vectors, load_backbone, lora_config
+from ..mllm.backbones import backbone_digest, backbone_vectors, load_backbone, lora_config
 from ..mllm.prompts import Collator
 from ..mllm.reference import reference_log_probs
 from ..mllm.scoring import generate_answers, score_candidates, score_yes_no
@@ -261,6 +261,8 @@ def load_model(run: Run) -> tuple: # model, processor
     "The model of a recorded run, ready to answer."
     if (run.path/'model').exists(): return load_backbone(str(run.path/'model'))
     from peft import PeftModel
+    if (was := run.params.get('backbone_digest')) and backbone_digest(run.params['backbone']) != dict(backbone_digest=was):
+        raise WorkbenchError(f'{run.path.name} was trained on what {run.params["backbone"]} held then ({was}); it is gone or holds other files now')
     model, processor = load_backbone(run.params['backbone'], max_pixels=run.params.get('max_pixels', 262144))
     for adapter in ('adapter_sft', 'adapter'):
         if (run.path/adapter).exists(): model = PeftModel.from_pretrained(model, run.path/adapter).merge_and_unload()
@@ -274,7 +276,7 @@ def train_sft(
     "Stage 1: fine-tune the backbone to answer the task's question. A finished run of the same settings is reloaded."
     s, left_out = settled(settings), Counter(); check_pictures(data, s)
     train, _ = (questions(data, split, s, left_out) for split in ('train', 'test'))
-    with open_mllm('sft', data, s, {k: s[k] for k in SFT_SETTINGS}) as run:
+    with open_mllm('sft', data, s, {k: s[k] for k in SFT_SETTINGS} | backbone_digest(s['backbone'])) as run:
         if run.finished: return run
         run.update(left_out=dict(left_out))
         from trl import SFTConfig
@@ -338,7 +340,8 @@ def train_preference(
     s = settled(settings); check_pictures(data, s)
     train, test = questions(data, 'train', s, negatives=s['negatives'], strategy=s['strategy']), questions(data, 'test', s)
     said = {k: s[k] for k in SFT_SETTINGS + PREFERENCE_SETTINGS} | {k: s[k] for k in SOMETIMES if s[k] is not None} | own_code(loss=s['loss'])
-    params = dict(sft=sft.path.name, **said, vectors=vectors_digest(data.features) if s['hardness_from'] == 'encoders' else None)
+    vectors = vectors_digest(data.features) if s['hardness_from'] == 'encoders' else None
+    params = dict(sft=sft.path.name, **said, **backbone_digest(s['backbone']), vectors=vectors)
     with open_mllm(s['loss'].replace(':', '.'), data, s, params) as run:
         if run.finished: return run
         from trl import DPOConfig

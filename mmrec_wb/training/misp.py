@@ -15,7 +15,7 @@ from ..core.processes import processes
 from ..core.record import Run, load_run, own_code
 from ..core.seeds import rng
 from ..data.batches import training_items
-from ..mllm.backbones import lora_config
+from ..mllm.backbones import backbone_digest, lora_config
 from ..mllm.prompts import Collator
 from ..mllm.tasks import with_picture
 from ..preference.adaptive import Extras
@@ -112,7 +112,8 @@ def train_misp(
     "Stage 2: a new LoRA on the frozen result of SFT, trained with pictures as negatives. A finished run of the same settings is reloaded."
     s, own = settled(settings); check_data(data, own)
     train, test = pictured(data, questions(data, 'train', s)), questions(data, 'test', s); sae, factors = trained_factors(data, own, s)
-    params = dict(sft=sft.path.name, **{k: s[k] for k in SFT_SETTINGS}, **own | dict(sae_run=sae and sae.path.name), **own_code(loss=own['loss']))
+    params = dict(sft=sft.path.name, **backbone_digest(s['backbone']), **{k: s[k] for k in SFT_SETTINGS}, **own | dict(sae_run=sae and sae.path.name),
+                  **own_code(loss=own['loss']))
     with open_mllm('misp_dpo', data, s, params) as run:
         if run.finished: return run
         from trl import DPOConfig
