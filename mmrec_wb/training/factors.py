@@ -208,7 +208,7 @@ def load_factors(
     if not run.finished: raise WorkbenchError(f'{run.path.name} is not finished: run it again')
     if data is None: data = recorded_data(i)
     check_recorded(run, data)
-    check_features(data, run.params['visual'], run.params['kind']); check_vectors(run, _read(data, run.params), run.params['vectors'])
+    check_features(data, run.params['visual'], run.params['kind']); check_vectors(run, _read(data, run.params), run.params.get('vectors'))
     part = lambda name: {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
     try:
         with safe_open(run.path/'sae.safetensors', 'pt') as f: state = {k: f.get_tensor(k) for k in f.keys()}
