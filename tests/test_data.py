@@ -97,6 +97,10 @@ def test_meta_fields_of_any_type(tmp_path):
     assert len(meta) == 7 and [meta[f'B{i}']['title'] for i in range(7)] == ['', '', '7', '', '', 'a b?', ''] and meta['B2']['text'] == '7. one two'
     assert meta['B5']['text'] == 'a b?. Toys, 3' and {r['category'] for r in meta.values()} == {'unknown'}
 
+def test_a_title_that_says_asin(tmp_path):
+    rows = ["""{"title": "a 'asin': 'zzz' b", "asin": "B1"}""", """{'title': '"asin": "zzz"', 'asin': 'B2'}"""]; (tmp_path/'m').write_text('\n'.join(rows))
+    assert set(read_meta(tmp_path/'m', {'B1', 'B2'})['raw_id']) == {'B1', 'B2'} and read_meta(tmp_path/'m', {'B3'}).height == 0
+
 def test_of_several_meta_lines_the_one_that_says_most_counts(tmp_path):
     rows = ["{'asin': 'B1'}", "{'asin': 'B1', 'title': 'Chess', 'description': 'long'}", "{'asin': 'B1', 'title': 'Chess'}", "{'asin': 'B1', 'title': 'Chesz'}"]
     read = []

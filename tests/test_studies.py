@@ -57,7 +57,8 @@ def test_unknown_names_stop_it_before_it_starts(tiny, tmp_path):
     for grid, says in ((dict(z=[1]), 'unknown parameter of tiny.ipynb'), ([dict(x='a'), dict(wiat=1)], 'did you mean wait'),
                        (dict(out_dir='x'), 'the out_dir of the study')):
         with pytest.raises(WorkbenchError, match=says): study(tiny, grid, out_dir=tmp_path/'runs', progress=False)
-    for more, says in ((dict(backend='rey'), 'did you mean ray'), (dict(workers=0), 'at least 1'), (dict(seeds=['0']), 'whole numbers')):
+    for more, says in ((dict(backend='rey'), 'did you mean ray'), (dict(backend=['ray']), 'unknown backend'),
+                       (dict(workers=0), 'at least 1'), (dict(seeds=['0']), 'whole numbers')):
         with pytest.raises(WorkbenchError, match=says): study(tiny, out_dir=tmp_path/'runs', **more)
     (tmp_path/'bad.ipynb').write_text('{'); nbformat.write(nbformat.v4.new_notebook(), tmp_path/'bare.ipynb'); (tmp_path/'file').touch()
     for book, says in ((tmp_path/'bad.ipynb', 'cannot be read'), (tmp_path/'bare.ipynb', 'tagged `parameters`'), (tmp_path, 'is no notebook')):

@@ -78,7 +78,7 @@ def read_meta(
     "The wanted items of an Amazon meta file."
     rows = []
     for number, text in lines(path):
-        if (m := ASIN.search(text)) and (m[1] or m[2]).strip() not in wanted: continue
+        if (named := {(m[1] or m[2]).strip() for m in ASIN.finditer(text)}) and not named & wanted: continue      # a title may say asin, too
         try: row = literal(text)
         except ValueError as e: raise bad_line(path, number, str(e)) from None
         if not (asin := words(row.get('asin'))): raise bad_line(path, number, 'no asin')

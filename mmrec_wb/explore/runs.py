@@ -166,7 +166,7 @@ def differences_html(runs: dict) -> str:
 def notebook_link(run: Run) -> str: # HTML
     "A link to the notebook that a run was made by, from the notebook that is open; JupyterLab opens it in a tab."
     place = run.info.get('notebook')
-    if not isinstance(place, str) or not place: return 'no notebook was recorded (it was not started by <code>mmrec-wb</code>)'
+    if not isinstance(place, str) or not place or '\0' in place: return 'no notebook was recorded (it was not started by <code>mmrec-wb</code>)'
     file = resolve(place)
     if not file.is_file(): return f'{html.escape(place)} is no longer there'
     return f'<a href="{html.escape(os.path.relpath(file, Path.cwd()))}">{html.escape(file.name)}</a>'

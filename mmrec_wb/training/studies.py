@@ -272,7 +272,7 @@ def study(
     progress: bool=True        # a bar over the cells, with the number of failures
 ) -> pl.DataFrame: # a row a cell: name, notebook, seed, params, status, problem, runs, attempts, wall_seconds, cpu_seconds
     "Run a grid; what an earlier call has finished is not run again, a failed or stopped cell is."
-    if backend not in BACKENDS: raise unknown('backend', backend, BACKENDS)
+    if str(backend) not in BACKENDS: raise unknown('backend', str(backend), BACKENDS)
     if type(workers) is not int or workers < 1: raise WorkbenchError(f'workers={workers!r}: give at least 1')
     folder, cells = resolve(out_dir), plan(notebooks, grid, seeds)
     with _alone(folder):
