@@ -225,7 +225,8 @@ def test_the_notebook_reads_what_the_base_reads(tmp_path):
 def test_two_processes_count_each_others_draws(tmp_path):
     "accelerate launch: what was drawn is the same number, one item a target and epoch, whoever drew it."
     def drawn(n):
-        args = [a for k, v in dict(SMALL, dataset='toys', source='planted', max_users=60, dropout=0., out_dir=tmp_path/str(n)).items() for a in ('-p', k, str(v))]
+        given = dict(SMALL, dataset='toys', source='planted', max_users=60, dropout=0., out_dir=tmp_path/str(n))
+        args = [a for k, v in given.items() for a in ('-p', k, str(v))]
         cmd = [Path(sys.executable).parent/'accelerate', 'launch', *(['--multi_gpu'] if n > 1 else []), '--num_processes', n, '--num_machines', 1,
                '--mixed_precision', 'no', '--dynamo_backend', 'no', '-m', 'mmrec_wb.training.launch', 'nbs/train_rodpo.ipynb', *args]
         p = subprocess.run(list(map(str, cmd)), cwd=ROOT, capture_output=True, text=True, timeout=300); assert p.returncode == 0, p.stderr[-3000:]
