@@ -214,7 +214,7 @@ def _forget(path):
 # %% ../../nbs/core/record.ipynb #8393fc66
 COLUMNS = dict(run=pl.String, method=pl.String, dataset=pl.String, source=pl.String, seed=pl.Int64, status=pl.String, problem=pl.String,
     started=pl.String, commit=pl.String, wall_seconds=pl.Float64, cpu_seconds=pl.Float64, peak_memory_mb=pl.Float64,
-    fingerprint=pl.String, protocol=pl.String, params=pl.String)
+    fingerprint=pl.String, max_users=pl.Int64, planted_seed=pl.Int64, protocol=pl.String, params=pl.String)
 
 def _numbers(run):
     "Its last test and valid numbers, by name."

@@ -149,8 +149,9 @@ def find_files(
     beside = next((f' beside {path}' for path in best.values() if path), '')
     planted = 'the built-in set needs no files: source=planted' + ('' if entry.get('planted') else ' with dataset=toys')
     absent = '' if folder.is_dir() else ' (no such folder)'
+    fetch = f'with mmrec-wb fetch {name}, or ' if 'archive' in entry else ''
     raise WorkbenchError(f'{name}: {missing} not found{beside}: looked in {folder}{absent}, {folder/name} and {folder}/*/; '
-                         f'get it from {entry["where"]} and name its folder as data_dir or MMREC_DATA; {planted}')
+                         f'get it {fetch}from {entry["where"]} and name its folder as data_dir or MMREC_DATA; {planted}')
 
 def _either(path):
     "The file, packed or not."

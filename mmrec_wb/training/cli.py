@@ -104,6 +104,7 @@ def show_runs(a) -> int:
     from mmrec_wb.core.record import folders_of, runs_table
     from mmrec_wb.training.comparison import metrics_in
     table = runs_table(a.folder).with_columns(differs()); shown = [f'{m}/model' for m in metrics_in(table)][:3]
+    if table.is_empty(): print(f'no runs in {_shown(resolve(a.folder))} yet'); return 0
     minutes = pl.format('{}', (pl.col('wall_seconds')/60).round(1)).alias('minutes')
     whole = dict(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, fmt_str_lengths=80, float_precision=4)
     with pl.Config(**whole, tbl_hide_dataframe_shape=True, tbl_hide_column_data_types=True):
@@ -115,13 +116,14 @@ def show_runs(a) -> int:
 def differs(most: int=60): # an expression: the parameters in which the runs of a method and data set differ, at most so many letters
     "To tell the runs of a study apart."
     import polars as pl
-    def said(texts):
-        rows = [json.loads(t or '{}') for t in texts]; every = {k: [repr(r.get(k)) for r in rows] for r in rows for k in r}
+    def said(runs):
+        rows = [dict(max_users=r['max_users'], planted_seed=r['planted_seed']) | json.loads(r['params'] or '{}') for r in runs]
+        every = {k: [repr(r.get(k)) for r in rows] for r in rows for k in r}
         odd = [k for k, values in every.items() if len(set(values)) > 1 and k != 'seed']                 # the run's name has it
         telling = lambda v: v is not None and not re.search(r'-s\d+-[0-9a-f]{8}$', str(v))               # an earlier stage's run says nothing to a reader
         lines = [' '.join(f'{k}={r[k]}' for k in odd if k in r and telling(r[k])) for r in rows]
         return pl.Series([line if len(line) <= most else f'{line[:most - 1]}…' for line in lines], dtype=pl.String)
-    return pl.col('params').map_batches(said, return_dtype=pl.String).over('method', 'dataset').alias('differs')
+    return pl.struct('params', 'max_users', 'planted_seed').map_batches(said, return_dtype=pl.String).over('method', 'dataset').alias('differs')
 
 def add_runs(p): p.add_argument('folder', nargs='?', default='runs', help='of runs')
 

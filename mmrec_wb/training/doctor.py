@@ -98,6 +98,7 @@ def check_data(data_dir=None):
     folder, named = data_folder(data_dir); known = registry(data_dir=data_dir)
     by = 'MMREC_DATA' if named and not data_dir else 'named' if named else 'default'
     if folder.is_dir(): yield finding('ok', 'data folder', f'{folder} ({by})')
+    elif named: yield finding('note', 'data folder', f'{folder} ({by}), not there', 'unset or correct it; until then only source=planted works')
     else: yield finding('note', 'data folder', f'{folder} ({by}), not there', 'the planted set needs no files; a folder of your own: MMREC_DATA')
     for name, entry in known.items():
         if 'derived' in entry: continue
