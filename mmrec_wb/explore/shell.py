@@ -18,7 +18,7 @@ from ..viz.theme import BLUE, GREY, INK, PALE, TEMPLATE, VERMILLION, data_uri
 # %% ../../nbs/explore/shell.ipynb #a0397498
 TOLD = [name for name in go.FigureWidget.class_trait_names() if name.startswith('_py2js_')] # how plotly tells the page of a change
 LOAD_JS = f'''
-const KEY = 'wbPlotly {plotly.__version__}', TOLD = {json.dumps(TOLD)};
+const KEY = 'wbPlotly {plotly.__version__}';
 function load(bundle) {{ // a promise of plotly, one for all figures of the page
   return globalThis[KEY] ??= (async () => {{
     try {{ return await import(URL.createObjectURL(new Blob([(await bundle()).get('source')], {{type: 'text/javascript'}}))); }}
@@ -26,7 +26,8 @@ function load(bundle) {{ // a promise of plotly, one for all figures of the page
 }}'''
 BUNDLE_JS = LOAD_JS + '''
 export default { async initialize({model}) { await Promise.race([load(async () => model), new Promise(done => setTimeout(done, 1500))]); } };'''
-FIGURE_JS = LOAD_JS + '''
+FIGURE_JS = LOAD_JS + f'''
+const TOLD = {json.dumps(TOLD)};''' + '''
 export default () => { let figure; return {
   initialize({model}) { // does not wait, but keeps what is told meanwhile
     const early = [], hear = TOLD.map(name => [`change:${name}`, () => { const value = model.get(name); if (value !== null) early.push([name, value]); }]);

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from ..core.errors import WorkbenchError, unknown
 from ..core.guard import check
-from ..core.processes import processes, together
+from ..core.processes import processes, summed, together
 from ..core.record import Run, load_run, own_code
 from ..core.seeds import rng
 from ..data.batches import Batches, train_batches, train_windows
@@ -114,10 +114,6 @@ class Preferring(Recommender):
         if s['strategy'] == 'sae': self.context |= dict(sae=factors, mode=s['misp_mode'], div_weight=s.get('div_weight'))
         if s['loss'] == 'hanorec': self.near = torch.from_numpy(neighbour_scores(v := item_vectors(data.features), np.arange(1, len(v)), 10)/.05).softmax(1)
 
-    def everywhere(self, counts): # summed over the processes, which share what is saved
-        if processes()[1] > 1: torch.distributed.all_reduce(counts)
-        return counts
-
     def states(self, batch): return self.policy.states(batch)
     def user_state(self, batch): return self.policy.user_state(batch)
     def item_vectors(self): return self.policy.item_vectors()
@@ -130,7 +126,7 @@ class Preferring(Recommender):
         self.masks = random_state(y); states = own.states(batch); look = self.looking(y, seen, found)
         parts = own.loss_from(batch, states, look) if own.shares_states else own.loss(batch); base, h = parts.pop('loss'), states[real]
         ids, logq = map(torch.cat, zip(*found)) if found else self.draw(h.detach(), batch, y, seen)
-        self.drawn += self.everywhere(torch.bincount(ids.flatten(), minlength=len(self.drawn)))
+        self.drawn += summed(torch.bincount(ids.flatten(), minlength=len(self.drawn)))
         each, more = self.each(*self.pairs(batch, h, items := torch.cat([y[:, None], ids], 1)), items, logq)
         return dict(loss=each.mean() + s['lambda_rec']*base, preference=each.detach().mean(), backbone=base.detach(), **parts, **more)
 
