@@ -1,5 +1,5 @@
 "The tutorial's loss against its formula and TRL; its commands; and a stranger who copies the notebook."
-import json, math, os, re, shlex, shutil, subprocess, sys
+import json, math, os, re, shlex, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -68,14 +68,6 @@ def test_the_commands():
     assert [(c['params']['loss'], c['seed']) for c in made] == [(loss, s) for loss in ('none', 'dpo', NAME) for s in (0, 1, 2)]
 
 # ---- somebody else's loss ----
-@pytest.fixture
-def clone(tmp_path):
-    "A copy of what a run needs."
-    ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', '_proc', '_docs')
-    for n in ('nbs', 'mmrec_wb'): shutil.copytree(ROOT/n, tmp_path/'clone'/n, ignore=ignore)
-    (tmp_path/'clone'/'data').mkdir(); shutil.copy(ROOT/'data/datasets.toml', tmp_path/'clone'/'data'); shutil.copy(ROOT/'settings.ini', tmp_path/'clone')
-    return tmp_path/'clone'
-
 def texts(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
 
 @pytest.mark.slow

@@ -2,18 +2,18 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, polars as pl, pytest
-from mmrec_wb.core.paths import cache_dir, project_root
+from mmrec_wb.core.paths import project_root
 from mmrec_wb.core.record import load_run
 
 ROOT = project_root()
 SMALL = dict(dataset='toys', source='planted', max_users=40, epochs=1, batch_size=16)
 
-def papermill(tmp, timeout=300, **params):
-    "The finished process of `papermill nbs/train_hanorec.ipynb`, its notebook and its run folders."
+def papermill(tmp, timeout=300, root=ROOT, **params):
+    "The finished process of `papermill nbs/train_hanorec.ipynb`, its notebook and its run folders; `root`: the checkout it is of."
     out, runs = tmp/'out.ipynb', tmp/'runs'
     args = [a for k, v in {'out_dir': runs, **params}.items() for a in ('-p', k, str(v))]
-    p = subprocess.run([str(Path(sys.executable).parent/'papermill'), 'nbs/train_hanorec.ipynb', str(out), *args], cwd=ROOT, capture_output=True, text=True,
-                       timeout=timeout)
+    p = subprocess.run([str(Path(sys.executable).parent/'papermill'), 'nbs/train_hanorec.ipynb', str(out), *args], cwd=root, capture_output=True, text=True,
+                       timeout=timeout, env={**os.environ, 'PYTHONPATH': str(root)})
     return p, out, runs
 
 def figures(notebook):
@@ -76,14 +76,12 @@ NONSENSE = {
 }
 
 @pytest.mark.parametrize('what', NONSENSE)
-def test_nonsense_is_one_line_and_leaves_nothing(tmp_path, what):
+def test_nonsense_is_one_line_and_leaves_nothing(clone, tmp_path, what):
     params, says = NONSENSE[what]
-    cached = lambda: {p for p in cache_dir().rglob('*')} if cache_dir().exists() else set()
-    before = cached()
-    p, _, runs = papermill(tmp_path, **{**SMALL, **params})
+    p, _, runs = papermill(tmp_path, root=clone, **{**SMALL, **params})
     last = p.stderr.strip().splitlines()[-1]
     assert p.returncode != 0 and last.startswith('WorkbenchError: ') and says in last, p.stderr[-1500:]
-    assert not runs.exists() and cached() == before
+    assert not runs.exists() and [f.name for f in (clone/'data').rglob('*')] == ['datasets.toml']
 
 TRAIN = '''
 import sys
