@@ -72,7 +72,7 @@ def tests(args, table):
 def readme_row(
     summary: pl.DataFrame # of results/*_summary.csv
 ) -> str:
-    "The README's line for a study: AUC, mean ± sd over seeds."
+    "results/README.md's line for a study: AUC, mean ± sd over seeds."
     m = {r['arm']: r for r in summary.to_dicts()}
     any_ = next(iter(m.values()))
     def auc(r, who):

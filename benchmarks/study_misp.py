@@ -86,7 +86,7 @@ def main(args):
 def readme_row(
     summary: pl.DataFrame # of results/misp_*_summary.csv
 ) -> str:
-    "The README's line for a study: AUC, mean ± sd over seeds."
+    "results/README.md's line for a study: AUC, mean ± sd over seeds."
     m = {r['arm']: r for r in summary.to_dicts()}; one = summary.row(0, named=True)
     said = lambda r: '–' if r is None else f"{r['auc']:.3f}" + (f" ± {r['auc_sd']:.3f}" if r['auc_sd'] is not None else '')
     return f"| {one['dataset']} | {one['users']:,} | " + ' | '.join(said(m.get(a)) for a in ARMS) + ' |'

@@ -76,7 +76,7 @@ def tested(table, folder):
 def readme_rows(
     summaries: list # frames of results/recommenders_*_summary.csv, of one data set
 ) -> list: # two lines
-    "The README's lines for a data set: NDCG@10, mean ± sd over seeds, history not masked and masked."
+    "results/README.md's lines for a data set: NDCG@10, mean ± sd over seeds, history not masked and masked."
     rows = sorted((r for s in summaries for r in s.to_dicts()), key=lambda r: r['seeds'] or 0); m = {r['arm']: r for r in rows}   # most seeds last
     def cell(arm, column):
         r = m.get(arm)

@@ -29,7 +29,7 @@ POOLS = (5, 10, 20, 50, 100)
 ARMS = dict(control=dict(loss='none'), **{s: dict(strategy=s) for s in ('uniform', 'popularity', 'hard')},
             **{f'topk_{n}': dict(strategy='topk', pool=n) for n in POOLS}, topk_softmax=dict(strategy='topk_softmax', pool=20))
 COLUMNS = [m + h for h in ('', ' masked') for m in ('NDCG@5', 'NDCG@10', 'MRR@5', 'HR@5')]
-ROW = ('base', 'control', 'uniform', 'popularity', 'hard', 'topk_20', 'topk_softmax') # columns of the README's tables
+ROW = ('base', 'control', 'uniform', 'popularity', 'hard', 'topk_20', 'topk_softmax') # columns of the tables in results/README.md
 family = lambda arm: 'topk_20' if arm.startswith('topk_') and arm != 'topk_softmax' else arm
 
 def trials(arm):
@@ -82,12 +82,12 @@ def tune(study, arms):
     return {a: {k: r[k] for k in ('lr', 'beta') if r[k] is not None} for a, r in top.items()}
 
 def readme_row(summary): # one data set
-    "Its row of the README's table: NDCG@5, mean ± sd over the seeds."
+    "Its row in results/README.md: NDCG@5, mean ± sd over the seeds."
     m = {r['arm']: r for r in summary.to_dicts()}; said = lambda r: f"{r['NDCG@5']:.4f}" + (f" ± {r['NDCG@5 sd']:.4f}" if r['NDCG@5 sd'] is not None else '')
     return f"| {summary['dataset'][0]} | {max(r['seeds'] for r in m.values())} | " + ' | '.join(said(m[a]) if a in m else '–' for a in ROW) + ' |'
 
 def negatives_row(negatives): # one data set
-    "Its row of the README's table of false negatives: means over the seeds, before stage 2."
+    "Its row in the table of false negatives of results/README.md: means over the seeds, before stage 2."
     kinds = [k for k in ('later', 'planted_false') if k in negatives.columns]; f = negatives.filter(when='before').group_by('arm').agg(pl.col(kinds).mean())
     m = {r['arm']: r for r in f.to_dicts()}
     said = lambda r: f"{r['later']:.3f}" + (f", {r['planted_false']:.3f}" if r.get('planted_false') is not None else '')

@@ -84,7 +84,7 @@ def main(args):
         with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=160): print(every.drop('run'), flush=True)
 
 def readme_rows(table: pl.DataFrame) -> list: # of results/truth_sae.csv
-    "The README's lines: plain item vectors, mean over seeds."
+    "results/README.md's lines: plain item vectors, mean over seeds."
     rows = {r['factor']: r for r in table.filter(seed='all', kind='items').to_dicts()}; order = ('theme', 'material', 'age', 'colour', 'shape', 'pattern')
     called = dict(sae='units of the autoencoder', topk='units with TopK', pca='principal components', random='random directions',
                   probe='a probe that is told (ceiling)')

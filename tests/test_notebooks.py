@@ -63,10 +63,23 @@ def test_readme():
     r = subprocess.run([sys.executable, ROOT/'tools'/'readme.py', '--check'], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
 
-def test_readme_links():
-    text = re.sub(r'```.*?```', '', (ROOT/'README.md').read_text('utf-8'), flags=re.S)
-    links = [t.split('#')[0] for t in re.findall(r'\]\(([^)\s]+)\)', text) if not re.match(r'[a-z]+:|#', t)]
-    assert not (dead := [t for t in links if not (ROOT/t).exists()]), f'README.md links to what is not there: {dead}'
+@pytest.mark.parametrize('page', ['README.md', 'results/README.md', 'data/README.md', 'CONTRIBUTING.md'])
+def test_links(page):
+    "Files are there, and so are the headings that links name."
+    links = re.findall(r'\]\(([^)\s]+)\)', re.sub(r'```.*?```', '', (ROOT/page).read_text('utf-8'), flags=re.S))
+    place = lambda t: ((ROOT/page).parent/t if t else ROOT/page).resolve()
+    headings = lambda p: {re.sub(r'[^a-z0-9 -]', '', h.lower()).replace(' ', '-') for h in re.findall(r'^#+ (.+)', p.read_text('utf-8'), re.M)}
+    for t in [t for t in links if not re.match(r'[a-z]+:', t)]:
+        path, _, heading = t.partition('#'); assert place(path).exists(), f'{page} links to what is not there: {t}'
+        assert not heading or heading in headings(place(path)), f'{page} links to a heading that is not there: {t}'
+
+def test_the_readme_says_nothing_of_its_own():
+    "Its figures of what came out are those of results/README.md."
+    parts = (ROOT/'README.md').read_text('utf-8').split('\n\n')
+    said = [p for p in parts if p.startswith('**What came out.**') or '| peak memory |' in p]
+    found = (ROOT/'results'/'README.md').read_text('utf-8'); figures = {n for p in said for n in re.findall(r'\d*\.\d+', p)}
+    assert len(said) == 5 and len(figures) > 20
+    assert not (own := [n for n in figures if n not in found]), own
 
 @each(NBS)
 def test_small(path):

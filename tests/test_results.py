@@ -1,4 +1,4 @@
-"The README's numbers are those under results/, and those say where they come from."
+"The numbers of results/README.md are those of the tables beside it, and those say where they come from."
 import importlib.util, sys
 import polars as pl, pytest
 from mmrec_wb.core.paths import project_root
@@ -13,7 +13,7 @@ def test_there_are_results(): assert SUMMARIES
 
 @pytest.mark.parametrize('path', SUMMARIES, ids=lambda p: p.stem)
 def test_readme_says_what_was_measured(path):
-    assert study.readme_row(pl.read_csv(path)) in (ROOT/'README.md').read_text()
+    assert study.readme_row(pl.read_csv(path)) in (ROOT/'results'/'README.md').read_text()
 
 @pytest.mark.parametrize('path', SUMMARIES, ids=lambda p: p.stem)
 def test_summary_follows_from_the_runs(path):

@@ -1,9 +1,9 @@
-"The studies of MISP-DPO and of the autoencoder's truth: their tables hold together, and the README says what they say."
+"The studies of MISP-DPO and of the autoencoder's truth: their tables hold together, and results/README.md says what they say."
 import sys
 import polars as pl, pytest
 from mmrec_wb.core.paths import project_root
 
-ROOT = project_root(); RESULTS = ROOT/'results'; README = (ROOT/'README.md').read_text()
+ROOT = project_root(); RESULTS = ROOT/'results'; README = (ROOT/'results'/'README.md').read_text()
 sys.path.insert(0, str(ROOT/'benchmarks'))
 import study_misp as study
 SUMMARIES = sorted(RESULTS.glob('misp_*_summary.csv'))
@@ -34,7 +34,7 @@ def test_summary_and_differences_follow_from_the_runs(path):
 def test_readme_says_what_was_measured(path): assert study.readme_row(pl.read_csv(path)) in README
 
 def test_units_and_directions():
-    "The README's rows of the autoencoder's truth; where it says that the units win, they do in every seed."
+    "results/README.md's rows of the autoencoder's truth; where it says that the units win, they do in every seed."
     import truth_sae
     table = pl.read_csv(RESULTS/'truth_sae.csv')
     for line in truth_sae.readme_rows(table): assert line in README, line

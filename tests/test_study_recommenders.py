@@ -27,7 +27,7 @@ def test_summary_follows_from_the_runs(path):
     assert all(r['note'] for a, r in best.items() if a in study.ARMS and not r['seeds']), 'an arm that was not run says why'
 
 def test_readme_says_what_was_measured():
-    summaries, said = [pl.read_csv(p) for p in SUMMARIES], (ROOT/'README.md').read_text()
+    summaries, said = [pl.read_csv(p) for p in SUMMARIES], (ROOT/'results'/'README.md').read_text()
     for name in {s['dataset'][0] for s in summaries}:
         for row in study.readme_rows([s for s in summaries if s['dataset'][0] == name]): assert row in said
 
@@ -72,7 +72,7 @@ def test_weights_follow_from_what_the_probes_read_and_from_what_is_told():
     assert attention(data).std() > .1
 
 def test_readme_says_what_was_measured_of_attention():
-    said, short = (ROOT/'README.md').read_text(), lambda x: f'{x:.2f}'.replace('0.', '.', 1)
+    said, short = (ROOT/'results'/'README.md').read_text(), lambda x: f'{x:.2f}'.replace('0.', '.', 1)
     arms = ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL'); probes, told = (pl.read_csv(RESULTS/f'why_attention_{n}.csv') for n in ('probes', 'told'))
     truth = pl.read_csv(RESULTS/'truth_duaf_mat_attention.csv').group_by('arm').agg(pl.col('pooled', 'within').mean())
     truth = truth.rows_by_key('arm', named=True, unique=True)

@@ -1,4 +1,4 @@
-"The study of negatives: its tables hold together, the README says what they say, and the claim of the issue holds where it was found to hold."
+"The study of negatives: its tables hold together, results/README.md says what they say, and the claim of the issue holds where it was found to hold."
 import sys
 import polars as pl, pytest
 from mmrec_wb.core.paths import project_root
@@ -50,11 +50,11 @@ def test_hard_negatives_are_oftener_false(path):
 
 @each(WHOLE)
 def test_readme_says_what_was_measured(path):
-    said = (ROOT/'README.md').read_text()
+    said = (ROOT/'results'/'README.md').read_text()
     assert study.readme_row(pl.read_csv(path)) in said and study.negatives_row(of(path, 'negatives')) in said
 
 def test_a_step_costs_what_the_readme_says():
     "The issue's limits: topk at most 1.5 times our own cross-entropy step, with 8 negatives 1.7 times."
-    ratio = dict(pl.read_csv(RESULTS/'rodpo_step.csv').select('arm', 'ratio').iter_rows()); said = (ROOT/'README.md').read_text()
+    ratio = dict(pl.read_csv(RESULTS/'rodpo_step.csv').select('arm', 'ratio').iter_rows()); said = (ROOT/'results'/'README.md').read_text()
     assert ratio['topk'] <= 1.5 and ratio['topk_8_negatives'] <= 1.7
     assert f"topk {ratio['topk']:.2f} times" in said and f"with 8 negatives {ratio['topk_8_negatives']:.2f}" in said
