@@ -3,8 +3,8 @@ r"""Did DuAF-MAT find what was planted? Attention and withheld pictures, from re
     python benchmarks/study_recommenders.py --dataset toys --source planted --planted-seed 1      # first: duaf_mat, -CSCL, -VSCL over seeds
     python benchmarks/truth_duaf_mat.py         # results/truth_duaf_mat_attention.csv, results/truth_duaf_mat_pictures.csv
 
-Runs that are missing are made, with the settings that the study has. **Attention**: the planted probability of attending to the words when the item at step i
-was chosen, against omega_text/(omega_text + omega_image) at i, over items that have a picture, of 2,000 test users; `pooled` over all rows, `within` the mean
+Runs that are missing are made, with the settings that the study has; rows of arms that are not asked for stay. **Attention**: the planted probability of
+attending to the words when the item at step i was chosen, against omega_text/(omega_text + omega_image) at i, over items that have a picture, of 2,000 test users; `pooled` over all rows, `within` the mean
 over users (at least four such items) of the correlation within a user. Arms: dual (DuAF-MAT), user (no time), static (one weight a modality for all: it does
 not move, so there is no correlation), dual with the state before item i (`s_at=before`, ours), dual without CSCL, without VSCL and without both. `oracle`: the
 posterior mean of that probability under the true generator, given items 1 to i of the same user with their times: what a causal reader of clicks can know at
@@ -27,6 +27,7 @@ from tune_recommenders import best, run, title
 ARMS = {'dual': {}, '-CSCL': dict(ablation='cscl'), '-VSCL': dict(ablation='vscl'), 'user': dict(fusion='user'), 'static': dict(fusion='static'),
         'dual, state before': dict(s_at='before'), '-CSCL -VSCL': dict(lambda_1=0., lambda_2=0.),
         '-CSCL -VSCL, state before': dict(s_at='before', lambda_1=0., lambda_2=0.)}
+PICTURED = 'dual', '-CSCL', '-VSCL'
 STILL, CEILING = 'the share does not move: no correlation', 'ceiling: the same users and items'
 
 @torch.no_grad()
@@ -61,6 +62,14 @@ def guesses(run, data) -> list: # a row a method
     return rows.group_by('method', maintain_order=True).agg(pl.col('cosine', 'squared_error', 'length').mean(), scale=pl.when(moved).then(scale),
                                                             scaled_error=pl.when(moved).then(scaled), items=pl.len()).to_dicts()
 
+def with_others(name, table, arms):
+    "The table, with the rows that the recorded one has of other arms, in the order of ARMS."
+    file = project_root()/'results'/f'truth_duaf_mat_{name}.csv'
+    others = pl.read_csv(file).filter(~pl.col('arm').is_in([*arms, 'oracle'])) if file.exists() else table.clear()
+    place = {arm: k for k, arm in enumerate([*ARMS, 'oracle'])}
+    both = pl.concat([t for t in (others, table) if t.height], how='diagonal_relaxed')
+    return both.sort(pl.col('arm').replace_strict(place), pl.col('seed'), nulls_last=True, maintain_order=True)
+
 def main(args):
     "Both tables."
     what = dict(dataset='toys', source='planted', planted_seed=args.planted_seed, out_dir=args.out_dir); tuned = best('toys', 'planted').get('duaf_mat', {})
@@ -72,10 +81,11 @@ def main(args):
             r = load_run(project_root()/args.out_dir/done['run']); origin = {k: done[k] for k in ('commit', 'versions', 'run')}
             frame = r.frame('explain/fusion'); found = attention_found(frame)
             attention.append(dict(**head, arm=arm, seed=seed, **found, note='' if found['pooled'] is not None else STILL, **origin))
-            if arm in ('dual', '-CSCL', '-VSCL'): pictures += [dict(**head, arm=arm, seed=seed, **row, **origin) for row in guesses(r, data)]
+            if arm in PICTURED: pictures += [dict(**head, arm=arm, seed=seed, **row, **origin) for row in guesses(r, data)]
     attention.append(dict(**head, arm='oracle', **attention_found(with_oracle(frame, data)), note=CEILING, commit=done['commit']))
     for name, rows in dict(attention=attention, pictures=pictures).items():
-        table, numbers = pl.DataFrame(rows, infer_schema_length=None), ('pooled', 'within', 'cosine', 'squared_error', 'length', 'scaled_error')
+        table = with_others(name, pl.DataFrame(rows, infer_schema_length=None), args.arms)
+        numbers = ('pooled', 'within', 'cosine', 'squared_error', 'length', 'scaled_error')
         values = [c for c in numbers if c in table.columns]
         atomic_write(project_root()/'results'/f'truth_duaf_mat_{name}.csv', lambda tmp: table.write_csv(tmp, float_precision=4))
         keys = ['arm', *(['method'] if 'method' in table.columns else [])]

@@ -10,7 +10,7 @@ from mmrec_wb.core.record import load_run, open_run
 from mmrec_wb.data import Feature, load_dataset
 from mmrec_wb.data.batches import eval_batches, train_batches
 from mmrec_wb.data.features import add_features
-from mmrec_wb.models import duaf_mat
+from mmrec_wb.models import duaf_mat, explain
 from mmrec_wb.models.base import catalogue_ce
 from mmrec_wb.models.contrastive import Neighbours, insertion_probabilities, virtual_sequences
 from mmrec_wb.models.duaf_mat import DuAFMAT
@@ -22,8 +22,7 @@ from mmrec_wb.training.ranking import rank_all
 ROOT = project_root()
 TINY = dict(d=16, inner=32, max_len=20)
 
-@pytest.fixture(scope='module')
-def data():
+def small_shop():
     "Small vectors instead of the encoders': quick, and the neighbour tables too."
     data, g = load_dataset('toys', source='planted', planted_users=60, planted_items=60), np.random.default_rng(0)
     there = np.array([p is not None for p in data.catalogue['image']])
@@ -31,6 +30,9 @@ def data():
     image = (g.normal(size=(data.n_items + 1, 20)) + 3).astype(np.float32); image[~there] = 0
     data.features = dict(text=Feature(text, np.arange(data.n_items + 1) > 0), image=Feature(image, there))
     return data
+
+@pytest.fixture(scope='module')
+def data(): return small_shop()
 
 def model(data, **settings): torch.manual_seed(0); return DuAFMAT(data, **(TINY | settings))
 def rows(data, least=6): [b] = eval_batches(data, 'test', 20); return b.map(lambda x: x[b.lengths >= least])
@@ -43,7 +45,11 @@ def test_each_candidate_rule_with_each_loss(data, cand, main_loss):
     m = model(data, cand=cand, main_loss=main_loss, lambda_1=0., lambda_2=0., dropout=0., ablation='mat_moe'); batch = train_batches(data, 20, 128, 0, 0)[0]
     parts = m(batch); parts['loss'].backward(); assert set(parts) == {'loss', 'main'} and all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
     assert m.item.weight.grad.abs().sum() > 0 and (m.frozen['text'].W.weight.grad.abs().sum() > 0)
-    h, real = m.states(batch), batch.targets > 0; z, y = m._scores(h[real], m.table())[:, 1:], batch.targets[real] - 1
+    h, real = m.states(batch), batch.targets > 0; h, y = h[real], batch.targets[real] - 1; t = m.table(); x, there = t.x[1:], t.there[1:, :, None]
+    if cand == 'mean': z = h @ ((x*there).sum(1)/there.sum(1)).T
+    if cand == 'id': z = h @ m.item.weight[1:].T
+    if cand == 'user':                                                                                # sum_m a_m s.x_m, a = softmax_m s.tanh(x_m)
+        a = torch.einsum('nd,imd->nim', h, x.tanh()).masked_fill(~there[..., 0], -torch.inf).softmax(-1); z = (a*torch.einsum('nd,imd->nim', h, x)).sum(-1)
     one = F.one_hot(y, z.shape[1]).float()
     if main_loss == 'bce_sampled':
         two = z.gather(1, torch.stack([y, m._negatives - 1], 1))
@@ -121,16 +127,16 @@ def test_no_gradient_flows_from_a_position_to_what_comes_later(data):
     assert x.grad[:, :4].abs().sum() > 0 and not x.grad[:, 4:].any()
 
 def test_contrastive_states_know_no_target(data, monkeypatch):
-    "Nor do virtual sequences, but for leaving out all that the person has in the training part."
-    seen = {}
+    "Another target moves no state of words, pictures or virtual sequences (drawn alike); what these leave out is seen below."
+    seen, real = {}, duaf_mat.virtual_sequences
     def watch(name): return lambda a, b, *_: seen.setdefault(name, []).append((a.detach(), b.detach())) or a.sum()*0
     for name in ('cscl', 'vscl'): monkeypatch.setattr(duaf_mat, name, watch(name))
-    monkeypatch.setattr(duaf_mat, 'virtual_sequences', lambda items, *a, **k: items)
-    m, b = model(data, dropout=0.), rows(data); b = replace(b, targets=torch.where(b.targets > 0, b.targets, 1)*b.mask)
+    drawn = lambda *a: real(*a, rate=.6, generator=torch.Generator().manual_seed(0)); longer = []
+    monkeypatch.setattr(duaf_mat, 'virtual_sequences', lambda *a: longer.append(drawn(*a)) or longer[-1])
+    m, b = model(data, dropout=0., ablation='mat_moe'), rows(data); b = replace(b, targets=torch.where(b.targets > 0, b.targets, 1)*b.mask)
     m(b); before = seen; seen = {}; m(replace(b, targets=b.targets.flip(0)*0 + b.mask*7))
-    # image vectors hold fresh noise where they are generated: compare the words' states
-    torch.testing.assert_close(seen['cscl'][0][0], before['cscl'][0][0])
-    for now, then in zip(seen['vscl'][0], before['vscl'][0]): torch.testing.assert_close(now, then)           # of the words
+    assert len(seen['cscl']) == 1 and len(seen['vscl']) == 2 and (longer[0] > 0).sum() > b.mask.sum()         # words and pictures; something was inserted
+    for name in seen: torch.testing.assert_close(seen[name], before[name], msg=name)
 
 def padding_changes_no_score(m, data):
     m.eval(); [b] = eval_batches(data, 'test', 20)
@@ -262,7 +268,56 @@ def test_missing_texts_are_masked(data):
     m = model(replace(data, features=dict(data.features, text=Feature(values, some)))).eval(); table = m.table()
     assert not table.there[5:30, 1].any() and torch.equal(table.x[5, 1], m.no_text) and table.there[30:, 1].all()
 
+def test_one_picture_or_many_alike_have_no_size(data):
+    f = data.features['image']; first = np.flatnonzero(f.present)[0]; one = np.arange(len(f.present)) == first
+    for present, values in ((one, f.values), (f.present, np.where(f.present[:, None], f.values[first], 0))):
+        m = model(replace(data, features=dict(data.features, image=Feature(values, present))), lambda_2=0.)
+        assert m.frozen['image'].scale == 1 and m.table().x.abs().max() < 1 and m(train_batches(data, 20, 128, 0, 0)[0])['main'] < 6
+
+def test_guesses_are_those_of_whole_tables(data):
+    "Category means, nearest texts and the oracle's mean are made without a table of withheld by present pictures: here they are made with it."
+    from mmrec_wb.data.planted import CATEGORIES, COLOURS, LOOKS_FROM_WORDS, SHAPES, THEMES
+    m = model(data, visual_missing_rate=.4).eval(); own = m.frozen['image'].has.nonzero()[:, 0]; items = (~m.frozen['image'].has).nonzero()[1:, 0]
+    with torch.no_grad(): x_own = m.frozen['image'](own); x_true = torch.randn(len(items), 16); found = explain._guesses(m, data, items, x_own, own, x_true)
+    kind = np.array(data.catalogue['category'].fill_null('').to_list()); ids = torch.cat([own, items]).numpy(); x = torch.cat([x_own, x_true])
+    same = torch.from_numpy(kind[items][:, None] == kind[own][None]).float(); n = same.sum(1, keepdim=True)
+    torch.testing.assert_close(found['category_mean'], torch.where(n > 0, same @ x_own/n.clamp_min(1), x_own.mean(0)), rtol=1e-4, atol=1e-6)
+    text = data.features['text'].values - data.features['text'].values[own].mean(0); unit = text/np.linalg.norm(text, axis=1, keepdims=True)
+    torch.testing.assert_close(found['text_nearest'], x_own[(unit[items] @ unit[own].T).argmax(1)])
+    truth = {r['asin']: r for r in data.truth['items'].to_dicts()}; rows = [truth[data.catalogue['raw_id'][int(i)]] for i in ids]
+    place = lambda names, r, f: list(names).index(r[f]); alike = [(r['colour'], r['shape']) for r in rows]
+    likely = lambda cause, effect, n: (1 - LOOKS_FROM_WORDS)/n + LOOKS_FROM_WORDS*(cause % n == effect)
+    w = np.array([[likely(place(THEMES, a, 'theme'), place(COLOURS, b, 'colour'), len(COLOURS))*likely(place(CATEGORIES, a, 'category'),
+        place(SHAPES, b, 'shape'), len(SHAPES))/alike.count((b['colour'], b['shape']))*(a is not b) for b in rows] for a in rows])
+    torch.testing.assert_close(found['oracle'], torch.from_numpy(w/w.sum(1, keepdims=True)).float()[len(own):] @ x, rtol=1e-4, atol=1e-6)
+
 # ---- training ----
+@pytest.mark.parametrize('how', [dict(), dict(gan='wgan-gp'), dict(cand='user'), dict(main_loss='bce_sampled'), dict(cscl_form='printed', vscl_form='printed')])
+def test_a_step_in_mixed_precision(data, how):
+    m, batch = model(data, **how), train_batches(data, 20, 128, 0, 0)[0]
+    for player in (*m.players(), None):
+        torch.manual_seed(3); whole = m(batch, player)['loss'].detach(); torch.manual_seed(3)
+        with torch.autocast('cpu', torch.bfloat16): loss = m(batch, player)['loss']
+        loss.backward(); assert abs(loss.detach() - whole) < .03*abs(whole) + .03
+    assert m.size.dtype == m.accept.dtype == torch.float32 and all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
+
+def contrast_of_a_share(rank, world, folder):
+    "One of `world` processes: its rows of a batch; gradients as DistributedDataParallel averages them."
+    import torch.distributed as dist
+    if world > 1: dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
+    data = small_shop(); m, b = model(data, dropout=0., ablation='mat_moe'), rows(data, 9); b = b.map(lambda x: x[rank::world])
+    table = m.table(); parts = m._contrast(b, table, m._encode(b, table)[2], dict.fromkeys(m.contrasted, b.items.where(b.items > 1, 2*b.mask)))
+    sum(parts.values()).backward(); grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+    if world > 1: [dist.all_reduce(g) for g in grads.values()]
+    if rank == 0: torch.save(dict(rows=len(b), **{k: v.detach() for k, v in parts.items()}, **{n: g/world for n, g in grads.items()}), f'{folder}/{world}.pt')
+
+def test_two_processes_contrast_with_the_batch_of_both(tmp_path):
+    "An odd number of rows, so that the shares differ: losses and gradients are those of one process."
+    for world in (1, 2): torch.multiprocessing.spawn(contrast_of_a_share, (world, str(tmp_path)), nprocs=world)
+    one, two = (torch.load(tmp_path/f'{n}.pt', weights_only=True) for n in (1, 2)); n, mine = one.pop('rows'), two.pop('rows')
+    assert n % 2 and mine == n//2 + 1 and one.keys() == two.keys() and len(one) > 20
+    for k in one: torch.testing.assert_close(two[k], one[k], rtol=1e-4, atol=1e-6, msg=k)
+
 def test_resumed_is_uninterrupted(data, tmp_path):
     def go(name, *epochs):
         for e in epochs:
@@ -280,7 +335,7 @@ def test_the_notebook(tmp_path):
     small = dict(dataset='toys', source='planted', max_users=60, epochs=2, batch_size=256, d=16, inner=32, device='cpu')
     p, out = papermill(tmp_path, **small); assert p.returncode == 0, p.stderr[-3000:]
     shown = [o for c in nbformat.read(out, 4).cells if c.cell_type == 'code' for o in c.outputs if 'application/vnd.plotly.v1+json' in o.get('data', {})]
-    assert len(shown) >= 1 and all('planted' in json.dumps(f['data']['application/vnd.plotly.v1+json']['layout']) for f in shown)
+    assert len(shown) == 8 and all('planted' in json.dumps(f['data']['application/vnd.plotly.v1+json']['layout']) for f in shown)
     run = load_run(next((tmp_path/'runs').glob('duaf_mat-*'))); assert run.finished and run.frame('ranks').height == 60
     assert {'critic loss', 'generator loss', 'cscl', 'vscl', 'main', 'loss'} <= set(run.frame('metrics').filter(split='train')['name'])
     fusion = run.frame('explain/fusion'); assert fusion['text_attention'].null_count() == 0 and set(fusion['modality'].unique()) == {'id', 'text', 'image'}

@@ -92,11 +92,12 @@ def catalogue_ce(
 
 # %% ../../nbs/models/base.ipynb #b1f0fd58
 def sample_negatives(
-    batch, n_items: int
+    batch, n_items: int,
+    owned: torch.Tensor|None=None # what else the users have [B, W], 0 pads, e.g. of `training_items`; None: nothing is known outside of the window
 ) -> torch.Tensor: # [n], one id for each target, in the order of `targets[targets > 0]`
-    "Uniform items that are neither in the target's row nor among its targets (the user's items outside of the window are not known here)."
+    "Uniform items that the target's user does not have."
     row = (batch.targets > 0).nonzero()[:, 0]
-    own = torch.cat([batch.items, batch.targets], 1)
+    own = torch.cat([batch.items, batch.targets, *([] if owned is None else [owned.to(batch.items.device)])], 1)
     ids = torch.randint(1, n_items + 1, (len(row),), device=row.device)
     for _ in range(20):                                                                # a row that holds nearly everything may keep a hit
         hit = (own[row] == ids[:, None]).any(1).nonzero()[:, 0]

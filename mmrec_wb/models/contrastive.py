@@ -96,7 +96,7 @@ def insertion_probabilities(
     cand = torch.cat([near.ids[left], near.ids[right]], 1); k = near.ids.shape[1]
     order = cand.argsort(dim=1, stable=True); sorted_ = cand.gather(1, order)
     twice = torch.zeros_like(cand, dtype=torch.bool).scatter_(1, order[:, 1:], sorted_[:, 1:] == sorted_[:, :-1])    # a neighbour of both counts once
-    mine = torch.zeros(len(cand), len(near.ids), dtype=torch.bool).scatter_(1, owned, True).gather(1, cand)          # 0 is among `owned` or masked next
+    own = owned.sort(1).values; mine = own.gather(1, torch.searchsorted(own, cand).clamp_max(own.shape[1] - 1)) == cand
     between = gamma*near.vectors[left] + (1 - gamma)*near.vectors[right]
     sim = (near.vectors[cand] @ between.unsqueeze(-1)).squeeze(-1)
     p = (sim/temperature).masked_fill(twice | mine | (cand == 0), float('-inf')).softmax(1).nan_to_num(0.)           # (20)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from ..core.errors import WorkbenchError, unknown
 from ..core.names import by_name
+from ..core.processes import gathered
 from ..core.seeds import rng
 from ..data.batches import training_items
 from .base import CHUNK, Recommender, catalogue_ce, sample_negatives, sampled_bce
@@ -40,7 +41,8 @@ class FrozenModality(nn.Module):
         rows = np.flatnonzero(self.has)
         mean = sum(feature.values[rows[i:i + 8192]].sum(0, dtype=np.float64) for i in range(0, len(rows), 8192))/len(rows)
         size = np.mean(np.concatenate([np.linalg.norm(feature.values[rows[i:i + 8192]] - mean, axis=1) for i in range(0, len(rows), 8192)]))
-        self.mean, self.scale = torch.from_numpy(mean).float(), 1/max(float(size), 1e-12)
+        self.mean = torch.from_numpy(mean).float()
+        self.scale = 1/float(size) if size > 1e-6*np.linalg.norm(mean) else 1.          # all alike, or one: there is no size
         self.W = nn.Linear(feature.values.shape[1], d); start_small(self.W)
     def _apply(self, f, recurse=True): # follow the parameters to a device
         out = super()._apply(f, recurse); at = self.W.weight.device
@@ -107,7 +109,7 @@ class DuAFMAT(Recommender):
         seed: int=0             # which pictures are withheld; noise outside of training
     ):
         s = _settled({k: v for k, v in locals().items() if k not in ('self', 'data', '__class__')}); super().__init__()
-        self.s, self._cached, self.max_len, self.n_items, self.notes = s, None, s['max_len'], data.n_items, []
+        self.s, self._cached, self._near, self.max_len, self.n_items, self.notes = s, None, None, s['max_len'], data.n_items, []
         there = {m: self._kept(data) if m == 'image' else f.present for m, f in data.features.items()}
         self.names = ['id', *(m for m in ('text', 'image') if m in there and there[m].any()), *['structural']*s['structural']]
         if 'image' in there and 'image' not in self.names: self.notes.append('every picture is withheld: the image modality is off')
@@ -149,13 +151,18 @@ def _start_generation(self: DuAFMAT, categories):
 
 @patch
 def _start_contrast(self: DuAFMAT, data):
-    "Which of the contrastive terms are on, and the neighbours for virtual sequences."
+    "Which of the contrastive terms are on, and what nobody is given."
     s, both = self.s, 'text' in self.names and 'image' in self.names
     if s['lambda_1'] and not both: s['lambda_1'] = 0.; self.notes.append('CSCL is off: text and image are both needed')
     self.contrasted = [m for m in ('text', 'image') if m in self.names] if s['lambda_2'] else []
     if s['lambda_2'] and len(self.contrasted) < 2: self.notes.append(f'VSCL runs on {", ".join(self.contrasted) or "nothing"} alone')
-    self.near = {m: neighbour_table(data.features[m].values, self.frozen[m].has.numpy()) for m in self.contrasted}
-    self.owned = lambda users: training_items(data, users)                                   # never inserted
+    self.owned = lambda users: training_items(data, users)                                   # never inserted, never a sampled negative
+
+@patch(as_prop=True)
+def near(self: DuAFMAT) -> dict: # modality -> Neighbours, for virtual sequences
+    "Compared once, when training begins: a model that is only looked at does without."
+    if self._near is None: self._near = {m: neighbour_table(self.frozen[m].frozen.cpu().numpy(), self.frozen[m].has.cpu().numpy()) for m in self.contrasted}
+    return self._near
 
 # %% ../../nbs/models/duaf_mat.ipynb #2e26c057
 @dataclass
@@ -340,8 +347,9 @@ def _contrast(self: DuAFMAT, batch, table, e, longer): # longer: modality -> vir
     for m in self.contrasted:
         e_plus = table.x[table.row(longer[m]), self.names.index(m)] + self.position.weight[:longer[m].shape[1]]
         virtual[m] = self.encoder.last_state(e_plus, (longer[m] > 0).sum(1) - 1)
-    target = batch.targets[torch.arange(B, device=last.device), batch.last]
-    same = (batch.user[:, None] == batch.user) | (target[:, None] == target) & (target > 0)
+    target, user = gathered(batch.targets[torch.arange(B, device=last.device), batch.last]), gathered(batch.user)
+    own, virtual = ({m: gathered(x) for m, x in states.items()} for states in (own, virtual))  # the batch of all processes
+    same = (user[:, None] == user) | (target[:, None] == target) & (target > 0)
     out = {}
     if s['lambda_1']: out['cscl'] = cscl(own['text'], own['image'], s['tau'], same, s['cscl_form'] == 'symmetric', s['cscl_form'] == 'printed')
     if virtual: out['vscl'] = sum(vscl(own[m], virtual[m], s['tau'], same, s['vscl_form'] == 'printed') for m in virtual)/len(virtual)   # (22)
@@ -351,9 +359,9 @@ def _contrast(self: DuAFMAT, batch, table, e, longer): # longer: modality -> vir
 def loss(self: DuAFMAT, batch) -> dict: # loss, main and, where on, cscl, vscl
     "L (23)."
     s = self.s; real = batch.targets > 0; y = batch.targets[real]
-    if self.contrasted: own = self.owned(batch.user.cpu())
+    own = self.owned(batch.user.cpu()) if self.contrasted or s['main_loss'] == 'bce_sampled' else None
     longer = {m: virtual_sequences(batch.items.cpu(), self.near[m], s['max_len'], own).to(y.device) for m in self.contrasted}
-    if s['main_loss'] == 'bce_sampled': self._negatives = sample_negatives(batch, self.n_items); more = [y, self._negatives]
+    if s['main_loss'] == 'bce_sampled': self._negatives = sample_negatives(batch, self.n_items, own); more = [y, self._negatives]
     else: more = []
     few = s['main_loss'] == 'bce_sampled' or s['cand'] == 'id'
     table = self._needed(batch, *more, *longer.values()) if few else self.table()
@@ -379,6 +387,6 @@ def adversarial_loss(self: DuAFMAT, batch, player: str) -> dict: # loss; the cri
     with torch.no_grad(): x_syn, x_v, own = self.G(x_t, category, z)[:, 0], self.frozen['image'](ids)/self.size[1], self.frozen['image'].has[ids]
     out = critic_loss(self.D, x_t, x_v, x_syn, own, s['gan'], s['lambda_gp'])
     if own.any():
-        now = torch.stack([x.square().mean().sqrt() for x in (x_t, x_v[own])])
-        self.accept.lerp_(out['real'], .05); self.size.mul_(torch.lerp(torch.ones_like(now), now, .05))
+        now = torch.stack([x.float().square().mean().sqrt() for x in (x_t, x_v[own])])         # in mixed precision these are half as long
+        self.accept.lerp_(out['real'].float(), .05); self.size.mul_(torch.lerp(torch.ones_like(now), now, .05))
     return out

@@ -99,27 +99,32 @@ def _guesses(model, data, items, x_own, own, x_true):
     x = {}
     if model.generates: x['generated'] = model._image(items, model._text(items)[0])[0]
     x['mean'] = x_own.mean(0).expand(len(items), -1)
-    kind = lambda ids: np.array(data.catalogue['category'].gather(ids.cpu().numpy()).fill_null('').to_list())
-    same = torch.from_numpy(kind(items)[:, None] == kind(own)[None]).to(x_own).float(); n = same.sum(1, keepdim=True)
-    x['category_mean'] = torch.where(n > 0, same @ x_own/n.clamp_min(1), x['mean'])
+    kind = torch.from_numpy(np.unique(data.catalogue['category'].fill_null('').to_numpy(), return_inverse=True)[1]).to(own.device)
+    total, n = _sums(x_own, kind[own], int(kind.max()) + 1); total, n = total[kind[items]], n[kind[items], None]
+    x['category_mean'] = torch.where(n > 0, total/n.clamp_min(1), x['mean'])
     if 'text' in model.names:
         f = data.features['text'].values; centre = f[own.cpu()].mean(0); unit = lambda ids: F.normalize(torch.from_numpy(f[ids.cpu()] - centre), dim=-1)
-        x['text_nearest'] = x_own[(unit(items) @ unit(own).T).argmax(1)]
+        rivals = unit(own).T; x['text_nearest'] = x_own[torch.cat([(unit(some) @ rivals).argmax(1) for some in items.split(max(32, 2**24//len(own)))])]
     if data.truth: x['oracle'] = _oracle(data, torch.cat([own, items]), torch.cat([x_own, x_true]))[len(own):]
     return x
+
+def _sums(x, kind, n): # [P, d], ids [P] below n -> sums [n, d], how many [n]
+    "Rows added up by kind."
+    return x.new_zeros(n, x.shape[1]).index_add_(0, kind, x), torch.bincount(kind, minlength=n)
 
 def _oracle(data, ids, x):
     "E[x_v | words] under the planted generator, from all pictures but its own: colour follows the theme, shape the category, often."
     from mmrec_wb.data.planted import CATEGORIES, COLOURS, LOOKS_FROM_WORDS, SHAPES, THEMES
     truth = data.truth['items']; row = {a: k for k, a in enumerate(truth['asin'])}; rows = [row[a] for a in data.catalogue['raw_id'].gather(ids.cpu().numpy())]
     level = lambda f, names: np.array([list(names).index(v) for v in truth[f].gather(rows)])
-    def likely(cause, effect, n): return (1 - LOOKS_FROM_WORDS)/n + LOOKS_FROM_WORDS*(cause[:, None] % n == effect[None])
-    colour, shape = level('colour', COLOURS), level('shape', SHAPES)
-    p = likely(level('theme', THEMES), colour, len(COLOURS))*likely(level('category', CATEGORIES), shape, len(SHAPES))
-    joint = colour*len(SHAPES) + shape; w = p/np.bincount(joint)[joint]; np.fill_diagonal(w, 0)
-    w = torch.from_numpy(w/w.sum(1, keepdims=True)).to(x)
-    return w @ x
+    def likely(cause, n): return (1 - LOOKS_FROM_WORDS)/n + LOOKS_FROM_WORDS*(cause[:, None] % n == np.arange(n)) # [n items, n levels]
+    C, S = len(COLOURS), len(SHAPES); looks = torch.from_numpy(level('colour', COLOURS)*S + level('shape', SHAPES)).to(x.device)
+    p = likely(level('theme', THEMES), C)[:, :, None]*likely(level('category', CATEGORIES), S)[:, None]
+    p = torch.from_numpy(p.reshape(len(p), -1)).to(x.device); total, n = _sums(x.double(), looks, C*S)                # by looks
+    own = (p.gather(1, looks[:, None])[:, 0]/n[looks])[:, None]
+    return ((p @ (total/n.clamp_min(1)[:, None]) - own*x)/((p*(n > 0)).sum(1, keepdim=True) - own)).to(x)
 
+# %% ../../nbs/models/explain.ipynb #9b1f6a42
 @torch.no_grad()
 def generated_vectors(
     model, data # the model in evaluation mode

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core.errors import WorkbenchError, unknown
+from ..data.batches import training_items
 from .base import Recommender, catalogue_ce, sample_negatives, sampled_bce
 from .moe import SparseMoE, expert_load, forget, with_balance
 
@@ -77,7 +78,7 @@ class SASRec(Recommender):
     "Self-attentive sequential recommendation."
     later = 'ffn_experts', 'balance'
     def __init__(self,
-        data, # n_items is read
+        data, # n_items is read; with bce_sampled also what users have
         d: int=64, layers: int=2, heads: int=2, inner: int=256, dropout: float=.5, max_len: int=50, # of the encoder
         main_loss: str='ce', # or bce_sampled
         ffn_experts: int=0,  # feed-forward nets in each block, two for each token; 0: one, for all
@@ -86,6 +87,7 @@ class SASRec(Recommender):
         super().__init__()
         if main_loss not in LOSSES: raise unknown('main_loss', main_loss, LOSSES)
         self.max_len, self.main_loss, self.n_items, self.balance = max_len, main_loss, data.n_items, balance
+        self.owned = lambda users: training_items(data, users)                         # no negatives
         self.item = nn.Embedding(data.n_items + 1, d, padding_idx=0); start_small(self.item)
         with torch.no_grad(): self.item.weight[0] = 0
         self.encoder = SequenceEncoder(d, layers, heads, inner, dropout, max_len, experts=ffn_experts)
@@ -98,4 +100,5 @@ class SASRec(Recommender):
     def explanations(self, data): frame = expert_load(self, data); return {} if frame.is_empty() else dict(experts=frame)
 
 LOSSES = dict(ce=lambda model, batch, h, y, look: catalogue_ce(h, model.item_vectors(), y, look),
-              bce_sampled=lambda model, batch, h, y, look: sampled_bce(h, model.item_vectors(), y, sample_negatives(batch, model.n_items)))
+              bce_sampled=lambda model, batch, h, y, look: sampled_bce(h, model.item_vectors(), y,
+                  sample_negatives(batch, model.n_items, model.owned(batch.user.cpu()))))
