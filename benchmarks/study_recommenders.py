@@ -8,6 +8,7 @@ r"""SASRec, DuAF-MAT and its ablations over seeds; the tables go to results/reco
 
 Settings: what tune_recommenders.py chose on valid targets (results/tune_recommenders_<data set>.csv; where there is none, the defaults); an ablation runs
 with DuAF-MAT's. The four ablations take one part out; `features only` takes out all four: id, words and picture weighed alike, nothing generated, no contrast.
+`state before` is the whole model whose item i is weighed by the state before it (added when its weights had been seen to follow the planted attention better).
 Every run is recorded, in a process of its own; a stopped study goes on where it stopped, a failed run does not stop the others, and tables
 are written when all runs are there. An arm that would be DuAF-MAT itself on these data (no pictures: -MAT-MoE and -CSCL; no item without one: -MAT-MoE) is
 not run; its row in `_summary` says why. `_runs` has a row a run, `_summary` mean and sd over seeds, popularity and (planted) the oracle beside; an owned item
@@ -23,7 +24,8 @@ from tune_recommenders import best, run, title
 
 ABLATIONS = {'-DuAF': 'duaf', '-MAT-MoE': 'mat_moe', '-CSCL': 'cscl', '-VSCL': 'vscl'}
 ARMS = dict(sasrec=dict(model='sasrec'), duaf_mat=dict(model='duaf_mat'), **{k: dict(model='duaf_mat', ablation=v) for k, v in ABLATIONS.items()},
-            **{'features only': dict(model='duaf_mat', fusion='mean', visual_fill='none', lambda_1=0., lambda_2=0.)})
+            **{'features only': dict(model='duaf_mat', fusion='mean', visual_fill='none', lambda_1=0., lambda_2=0.),
+               'state before': dict(model='duaf_mat', s_at='before')})
 METRICS = ('NDCG@10', 'NDCG@5', 'MRR@10', 'HR@10'); COLUMNS = [m + h for h in ('', ' masked') for m in METRICS]
 def arm_of(word): return '-' + word[3:] if word.startswith('no-') else word # argparse takes a leading '-' for an option
 
