@@ -88,6 +88,18 @@ def readme_rows(
     return ['| ' + ' | '.join([rows[0]['dataset'] + said, *(cell(a, f'NDCG@10{said and " masked"}') for a in (*ARMS, 'popularity', 'oracle'))]) + ' |'
             for said in ('', ', masked')]
 
+def short(x, digits=4): return f'{x:.{digits}f}'.replace('0.', '.', 1)
+
+def difference(tests, baseline, arm, masked): # of results/recommenders_*_tests.csv
+    "What results/README.md says of a difference: .0045 (95% .0015 to .0077, p .03), p after Holm."
+    r = tests.filter(baseline=baseline, arm=arm, **{'history masked': masked}).row(0, named=True); p = r['p_holm']
+    return f"{short(r['difference'])} (95% {short(r['low'])} to {short(r['high'])}, p {'< .001' if p < .001 else short(p, 3 if p < .01 else 2) if p < .995 else 1})"
+
+def difference_row(tests):
+    "DuAF-MAT minus SASRec: results/README.md's line for a data set."
+    one = " (1 seed)"*(tests['seeds'][0] == 1); both = (difference(tests, 'sasrec', 'duaf_mat', masked) for masked in (False, True))
+    return '| ' + ' | '.join([tests['dataset'][0] + one, *both]) + ' |'
+
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--dataset', default='toys1k'); a.add_argument('--source', default='raw', choices=['raw', 'planted'])

@@ -87,7 +87,7 @@ def known(data, some, events): # what a reader of clicks who knows the generator
 def probes(what, tuned, seeds, data, folder) -> list: # a row for each arm, seed and what was read
     "Correlations at the odd users' items."
     true, clicks, rows = attention(data), likeness(data), []
-    for arm in ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL', 'dual, state before', '-CSCL -VSCL, state before', 'user'):
+    for arm in ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL', 'user'):
         for seed in seeds:
             if not (done := run(**what, seed=seed, model='duaf_mat', **tuned, **TRUTH[arm])): raise SystemExit('a run failed: no tables')
             event, share, timeless, terms, vectors, time = inside(load_model(load_run(folder/done['run']), data), data)

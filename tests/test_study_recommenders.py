@@ -30,6 +30,9 @@ def test_readme_says_what_was_measured():
     summaries, said = [pl.read_csv(p) for p in SUMMARIES], (ROOT/'results'/'README.md').read_text()
     for name in {s['dataset'][0] for s in summaries}:
         for row in study.readme_rows([s for s in summaries if s['dataset'][0] == name]): assert row in said
+    tests = [t for p in SUMMARIES if (f := RESULTS/p.name.replace('_summary', '_tests')).exists() and 'duaf_mat' in (t := pl.read_csv(f))['arm']]
+    assert len(tests) == 4
+    for t in tests: assert study.difference_row(t) in said, study.difference_row(t)
 
 @pytest.mark.parametrize('path', [p for p in SUMMARIES if (RESULTS/p.name.replace('_summary', '_tests')).exists()], ids=lambda p: p.stem)
 def test_differences_are_those_of_the_arms(path):
