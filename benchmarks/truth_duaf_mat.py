@@ -5,9 +5,9 @@ r"""Did DuAF-MAT find what was planted? Attention and withheld pictures, from re
 
 Runs that are missing are made, with the settings that the study has; rows of arms that are not asked for stay. **Attention**: the planted probability of
 attending to the words when the item at step i was chosen, against omega_text/(omega_text + omega_image) at i, over items that have a picture, of 2,000 test
-users; `pooled` over all rows, `within` the mean
-over users (at least four such items) of the correlation within a user. Arms: dual (DuAF-MAT), user (no time), static (one weight a modality for all: it does
-not move, so there is no correlation), dual and user with the state before item i (`s_at=before`, ours), dual without CSCL, without VSCL and without both. `oracle`: the
+users; `pooled` over all rows, `within` the mean over users (at least four such items) of the correlation within a user. Arms: dual (DuAF-MAT), user (no
+time), static (one weight a modality for all: it does not move, so there is no correlation), dual and user with the state before item i (`s_at=before`, ours),
+dual without CSCL, without VSCL and without both. `oracle`: the
 posterior mean of that probability under the true generator, given items 1 to i of the same user with their times: what a causal reader of clicks can know at
 best. **Pictures**: vectors for items whose picture was withheld, against the withheld ones, in the model's own visual space: centred cosine (mean fill counts
 as 0) and squared error (1 = mean squared distance of a present picture from the mean). `length`: how far from the mean the guesses go, same unit; `scale` is
