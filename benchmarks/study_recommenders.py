@@ -93,7 +93,8 @@ def short(x, digits=4): return f'{x:.{digits}f}'.replace('0.', '.', 1)
 def difference(tests, baseline, arm, masked): # of results/recommenders_*_tests.csv
     "What results/README.md says of a difference: .0045 (95% .0015 to .0077, p .03), p after Holm."
     r = tests.filter(baseline=baseline, arm=arm, **{'history masked': masked}).row(0, named=True); p = r['p_holm']
-    return f"{short(r['difference'])} (95% {short(r['low'])} to {short(r['high'])}, p {'< .001' if p < .001 else short(p, 3 if p < .01 else 2) if p < .995 else 1})"
+    how_sure = '< .001' if p < .001 else '1' if p > .995 else short(p, 3 if p < .01 else 2)
+    return f"{short(r['difference'])} (95% {short(r['low'])} to {short(r['high'])}, p {how_sure})"
 
 def difference_row(tests):
     "DuAF-MAT minus SASRec: results/README.md's line for a data set."

@@ -30,9 +30,11 @@ def test_readme_says_what_was_measured():
     summaries, said = [pl.read_csv(p) for p in SUMMARIES], (ROOT/'results'/'README.md').read_text()
     for name in {s['dataset'][0] for s in summaries}:
         for row in study.readme_rows([s for s in summaries if s['dataset'][0] == name]): assert row in said
-    tests = [t for p in SUMMARIES if (f := RESULTS/p.name.replace('_summary', '_tests')).exists() and 'duaf_mat' in (t := pl.read_csv(f))['arm']]
-    assert len(tests) == 4
-    for t in tests: assert study.difference_row(t) in said, study.difference_row(t)
+    for name in ('toys_duaf', 'toys1k', 'ml-100k', 'toys_planted_g1'):
+        row = study.difference_row(pl.read_csv(RESULTS/f'recommenders_{name}_tests.csv')); assert row in said, row
+    for name in ('toys1k', 'toys_planted_g1'):
+        tests = pl.read_csv(RESULTS/f'recommenders_{name}_before_tests.csv')
+        for masked in (False, True): assert study.difference(tests, 'duaf_mat', 'state before', masked) in said
 
 @pytest.mark.parametrize('path', [p for p in SUMMARIES if (RESULTS/p.name.replace('_summary', '_tests')).exists()], ids=lambda p: p.stem)
 def test_differences_are_those_of_the_arms(path):
@@ -76,16 +78,31 @@ def test_weights_follow_from_what_the_probes_read_and_from_what_is_told():
 
 def test_readme_says_what_was_measured_of_attention():
     said, short = (ROOT/'results'/'README.md').read_text(), lambda x: f'{x:.2f}'.replace('0.', '.', 1)
-    arms = ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL'); probes, told = (pl.read_csv(RESULTS/f'why_attention_{n}.csv') for n in ('probes', 'told'))
+    arms, timeless = ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL', 'user'), ('dual', '-CSCL', '-VSCL', '-CSCL -VSCL')
+    probes, told = (pl.read_csv(RESULTS/f'why_attention_{n}.csv') for n in ('probes', 'told'))
     truth = pl.read_csv(RESULTS/'truth_duaf_mat_attention.csv').group_by('arm').agg(pl.col('pooled', 'within').mean())
-    truth = truth.rows_by_key('arm', named=True, unique=True)
-    for name, c, none in (('pooled', 'pooled', 'none: it does not move'), ('within a user', 'within', 'none')):
-        assert f'| {name} | ' + ' | '.join([*(short(truth[a][c]) for a in (*arms, 'user')), none, short(truth['oracle'][c])]) + ' |' in said
+    truth = truth.rows_by_key('arm', named=True, unique=True); before = {f'{a}, state before' for a in ('dual', '-CSCL -VSCL', 'user')}
+    assert set(truth) == {*arms, *before, 'static', 'oracle'} and truth['static']['pooled'] is None
+    both = lambda r: f"{short(r['pooled'])}, {short(r['within'])}"
+    line = lambda name, found: f'| {name} | ' + ' | '.join(both(found[a]) if a in found else '–' for a in arms) + ' |'
+    assert line('state at the item (default)', truth) in said and line('state before it', {a.split(', ')[0]: truth[a] for a in before}) in said
+    assert f"oracle has {both(truth['oracle'])}" in said
     own = probes.filter(read='the same without time').group_by('arm').agg(pl.col('pooled', 'time_size').mean()).rows_by_key('arm', named=True, unique=True)
-    assert '| the same models, Eq. 7 without its time | ' + ' | '.join(short(own[a]['pooled']) for a in arms) + ' |' in said
-    assert '| time embedding, in units of words and picture | ' + ' | '.join(f'{own[a]["time_size"]:.0f}' for a in arms) + ' |' in said
+    assert '| the same models, Eq. 7 without its time | ' + ' | '.join(short(own[a]['pooled']) for a in timeless) + ' | |' in said
+    assert '| time embedding, in units of words and picture | ' + ' | '.join(f'{own[a]["time_size"]:.0f}' for a in timeless) + ' | |' in said
     assert f'reaches {short(probes.filter(read="likeness of frozen vectors")["pooled"].item())}, so' in said
     for r in told.to_dicts():
         d, low, high = (f'{r[k]:.4f}'.replace('0.', '.', 1) for k in ('difference', 'low', 'high'))
         forms = (f'{d} (95% {low} to {high})', f'{d}, 95% {low} to {high}', f'{d} ({low} to {high}')
         assert (r['arm'] == 'told' and r['history masked']) or any(form in said for form in forms)
+
+def test_readme_says_what_was_measured_of_pictures():
+    said, short = (ROOT/'results'/'README.md').read_text(), lambda x: f'{x:.2f}'.replace('0.', '.', 1)
+    f = pl.read_csv(RESULTS/'truth_duaf_mat_pictures.csv').group_by('arm', 'method').agg(pl.col('cosine', 'squared_error', 'scaled_error').mean())
+    m = {(r['arm'], r['method']): r for r in f.to_dicts()}; of = lambda method, what, arm='dual': short(m[arm, method][what])
+    called = dict(generated='generated', category_mean="the category's mean", text_nearest='the picture of the item with the nearest text',
+                  mean='the mean picture', oracle='oracle (ceiling)')
+    for method, name in called.items():
+        row = ' | '.join([name, of(method, 'cosine'), of(method, 'squared_error'), of(method, 'scaled_error') if method != 'mean' else '–'])
+        assert f'| {row} |' in said, row
+    assert f"generated vectors have {of('generated', 'cosine', '-CSCL')}, the category's mean {of('category_mean', 'cosine', '-CSCL')}" in said

@@ -120,7 +120,7 @@ def differs(most: int=60): # an expression: the parameters in which the runs of 
         rows = [dict(max_users=r['max_users'], planted_seed=r['planted_seed']) | json.loads(r['params'] or '{}') for r in runs]
         every = {k: [repr(r.get(k)) for r in rows] for r in rows for k in r}
         odd = [k for k, values in every.items() if len(set(values)) > 1 and k != 'seed']                 # the run's name has it
-        telling = lambda v: v is not None and not re.search(r'-s\d+-[0-9a-f]{8}$', str(v))               # an earlier stage's run says nothing to a reader
+        telling = lambda v: v is not None and not re.search(r'-s\d+-[0-9a-f]{8}$|^[0-9a-f]{16,}$', str(v)) # other runs' names and digests say nothing
         lines = [' '.join(f'{k}={r[k]}' for k in odd if k in r and telling(r[k])) for r in rows]
         return pl.Series([line if len(line) <= most else f'{line[:most - 1]}…' for line in lines], dtype=pl.String)
     return pl.struct('params', 'max_users', 'planted_seed').map_batches(said, return_dtype=pl.String).over('method', 'dataset').alias('differs')

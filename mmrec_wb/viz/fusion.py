@@ -149,7 +149,8 @@ def weight_panels(
     "Mean weight of each modality by position, time gap and category, with one standard deviation to either side."
     need(fusion, FUSION, 'explain/fusion'); have = [m for m in CALLED if m in fusion['modality'].unique().to_list()]
     tables = {by: weights_by(fusion, by) for by in ('position', 'gap', 'category')}; n = max(tables['category']['place'].n_unique(), 1)
-    fig = figure('Which modality counts, and where', marked(title, 'text_attention' in fusion.columns), height=500 + 120 + 52, margin=dict(t=120, r=24),
+    said = ' · '.join(filter(None, [marked(title, 'text_attention' in fusion.columns), 'bands and bars: one standard deviation']))
+    fig = figure('Which modality counts, and where', said, height=500 + 120 + 52, margin=dict(t=120, r=24),
                  legend=dict(y=1.05),
         xaxis=dict(domain=[0, .47], anchor='y', title_text='position in the history', showgrid=False),
         yaxis=dict(domain=[.6, 1], title_text='weight', nticks=5),
@@ -158,9 +159,9 @@ def weight_panels(
         xaxis3=dict(domain=[.68, 1], anchor='y3', title_text='weight', nticks=5),
         yaxis3=dict(domain=[0, 1], anchor='x3', range=[n - .5, -.5], showgrid=False, ticks=''))
     for head, left, top in (('By position', 0, 1), ('By time gap', 0, .4), ('By category', .55, 1)): heading(fig, head, left, top)
+    for part in (_band, _line): [part(fig, tables['position'].filter(modality=m), m) for m in have]   # lines above all bands
     for k, m in enumerate(have):
         lift = (k - (len(have) - 1)/2)*.2
-        _band(fig, tables['position'].filter(modality=m), m)
         _dots(fig, tables['gap'].filter(modality=m), m, lift, upright=True); _dots(fig, tables['category'].filter(modality=m), m, lift, upright=False)
     for axis, by in (('xaxis2', 'gap'), ('yaxis3', 'category')):
         names = tables[by].unique('place').sort('place')
@@ -169,12 +170,16 @@ def weight_panels(
 
 # %% ../../nbs/viz/fusion.ipynb #70d88b57
 def _band(fig, t, m):
-    "Mean and one standard deviation to either side over positions."
+    "One standard deviation to either side over positions."
     r, g, b = (int(COLOUR[m][i:i + 2], 16) for i in (1, 3, 5)); x = t['at'].to_list()
     fig.add_scatter(x=x + x[::-1], y=(t['mean'] + t['sd']).to_list() + (t['mean'] - t['sd']).to_list()[::-1], fill='toself',
                     fillcolor=f'rgba({r},{g},{b},.18)',
                     line=dict(width=0), hoverinfo='skip', showlegend=False, name=f'{CALLED[m]}, spread', mode='lines')
-    fig.add_scatter(x=x, y=t['mean'].to_list(), name=CALLED[m], mode='lines+markers', line=dict(color=COLOUR[m], width=2.5), marker=dict(size=5),
+
+def _line(fig, t, m):
+    "Means over positions."
+    fig.add_scatter(x=t['at'].to_list(), y=t['mean'].to_list(), name=CALLED[m], mode='lines+markers', line=dict(color=COLOUR[m], width=2.5),
+                    marker=dict(size=5),
                     customdata=t['rows'].to_list(), hovertemplate=f'{CALLED[m]}, position %{{x:.0f}}: %{{y:.3f}} (%{{customdata:,}} items)<extra></extra>')
 
 def _dots(fig, t, m, lift, upright):

@@ -38,7 +38,8 @@ def cosine_histograms(
     need(generated, ['item', 'method', 'cosine', 'squared_error'], 'explain/generated')
     scores = guess_scores(generated); n, row = len(scores), 92; high = n*row; edges = np.linspace(-1, 1, bins + 1)
     items, said = generated['item'].n_unique(), marked(title, 'oracle' in scores['method'])
-    fig = figure('Generated against withheld pictures', ' · '.join(filter(None, [said, f'{items:,} items'])), height=high + 84 + 52,
+    what = 'Generated' if 'generated' in scores['method'] else 'Guessed'
+    fig = figure(f'{what} against withheld pictures', ' · '.join(filter(None, [said, f'{items:,} items'])), height=high + 84 + 52,
                  margin=dict(t=84, l=24, r=24),
         bargap=0, showlegend=False)
     fig.update_layout(xaxis=dict(domain=[0, .74], range=[-1.02, 1.02], title_text='centred cosine with the withheld vector',
@@ -80,9 +81,10 @@ def neighbour_pictures(
     need(neighbours, ['item', 'source', 'place', 'neighbour', 'cosine'], 'explain/neighbours')
     ids = neighbours['item'].unique(maintain_order=True).head(max(int(examples), 1)).to_list(); row = 92; high = row*len(ids); pixel = 1/high
     known = {i: (t, p, c) for i, t, p, c in items.select('id', 'title', 'thumbnail', 'category').iter_rows()}; wide = .072
-    fig = figure('What do the generated vectors look like?', title, height=high + 118 + 8, margin=dict(t=118, l=24, r=16, b=8), xaxis_visible=False,
+    said = ' · '.join(filter(None, [title, 'green frame: near to both']))
+    fig = figure('What do the generated vectors look like?', said, height=high + 118 + 8, margin=dict(t=118, l=24, r=16, b=8), xaxis_visible=False,
                  yaxis_visible=False)
-    heads = ('Item', 0), ('Nearest to the generated vector', .26), ('Nearest to the true vector', .64)
+    heads = ('Item', 0), ('Nearest to the generated vector', .26), ('Nearest to the withheld picture', .64)
     for text, x in heads: heading(fig, text, x, 1)
     for n, i in enumerate(ids):
         y = 1 - (n*row + 4)*pixel; name, picture, category = known.get(i, (f'item {i}', None, None))
