@@ -1,5 +1,5 @@
-"`mmrec-wb run` and `doctor`: what they say, how they end, what they leave. (`study`: test_studies.py, `fetch`: test_fetch.py.)"
-import json, signal, subprocess, sys, time
+"`mmrec-wb run`, `html` and `doctor`: what they say, how they end, what they leave. (`study`: test_studies.py, `fetch`: test_fetch.py.)"
+import json, re, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, psutil, pytest
 import mmrec_wb.training.doctor as doctor
@@ -106,6 +106,24 @@ def test_a_study_and_a_run_are_found_by_each_other(tiny, tmp_path):
     out = dict(out_dir=str(tmp_path/'runs')); j = job(tiny, out | dict(steps=1)); assert perform(j, progress=False)['status'] == 'finished'
     assert job(tiny, dict(steps=1) | out)['output'] == j['output'] and perform(job(tiny, out | dict(steps=1), tmp_path/'o.ipynb'),
         progress=False)['runs'] == perform(j, progress=False)['runs']
+
+# --- html
+
+def test_a_page_holds_code_words_and_living_figures(tmp_path, capsys):
+    import plotly.graph_objects as go
+    v4, show = nbformat.v4, lambda y: nbformat.v4.new_output('display_data', {'application/vnd.plotly.v1+json': json.loads(go.Figure(go.Bar(y=y)).to_json())})
+    cells = [v4.new_raw_cell('title: front-matter-of-nbdev'), v4.new_markdown_cell('# Heading'), v4.new_code_cell('made_here = 1', outputs=[show([7, 11]), show([13])])]
+    file = tmp_path/'x.ipynb'; nbformat.write(v4.new_notebook(cells=cells), file); before = file.read_bytes()
+    assert main(['html', str(file)]) == 0 and '2 figures' in capsys.readouterr().out and file.read_bytes() == before
+    page = (tmp_path/'x.html').read_text('utf-8'); assert page.count('Plotly.newPlot(') == 2 and '[7,11]' in page.replace(' ', '') and 'Heading' in page
+    assert page.count('plotly.js v') == 1 and 'front-matter-of-nbdev' not in page and 'made_here' in page                    # plotly's script is within, once
+    assert not [u for u in re.findall(r'<script[^>]*src="([^"]+)"', page) if 'mathjax' not in u]
+    assert main(['html', str(file), '--no-code', '--out', str(tmp_path/'y.html')]) == 0 and 'made_here' not in (tmp_path/'y.html').read_text('utf-8')
+
+@pytest.mark.parametrize('args, says', [(('nothing.ipynb',), 'is no notebook that can be read'), (('README.md',), 'is no notebook that can be read'),
+                                        (('x.ipynb', '--out', 'x.ipynb'), 'name a page')])
+def test_what_is_no_page_is_one_line(args, says, capsys):
+    assert main(['html', *args]) == 2; said = capsys.readouterr().err.strip(); assert says in said and '\n' not in said
 
 # --- doctor
 
