@@ -112,7 +112,8 @@ def test_a_study_and_a_run_are_found_by_each_other(tiny, tmp_path):
 def test_a_page_holds_code_words_and_living_figures(tmp_path, capsys):
     import plotly.graph_objects as go
     v4, show = nbformat.v4, lambda y: nbformat.v4.new_output('display_data', {'application/vnd.plotly.v1+json': json.loads(go.Figure(go.Bar(y=y)).to_json())})
-    cells = [v4.new_raw_cell('title: front-matter-of-nbdev'), v4.new_markdown_cell('# Heading'), v4.new_code_cell('made_here = 1', outputs=[show([7, 11]), show([13])])]
+    cells = [v4.new_raw_cell('title: front-matter-of-nbdev'), v4.new_markdown_cell('# Heading'),
+             v4.new_code_cell('made_here = 1', outputs=[show([7, 11]), show([13])])]
     file = tmp_path/'x.ipynb'; nbformat.write(v4.new_notebook(cells=cells), file); before = file.read_bytes()
     assert main(['html', str(file)]) == 0 and '2 figures' in capsys.readouterr().out and file.read_bytes() == before
     page = (tmp_path/'x.html').read_text('utf-8'); assert page.count('Plotly.newPlot(') == 2 and '[7,11]' in page.replace(' ', '') and 'Heading' in page
