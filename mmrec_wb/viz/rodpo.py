@@ -60,7 +60,7 @@ def in_panels(
         (head, label), n, (r, c) = panel, str(k + 1) if k else '', divmod(k, columns)
         left, down, up = c*(wide + gap), 1 - ends[r]/whole, 1 - (ends[r] - high[r])/whole
         fig.update_layout({f'xaxis{n}': dict(domain=[left, min(left + wide, 1)], anchor=f'y{n}', title_text=x, showgrid=False),
-                           f'yaxis{n}': dict(domain=[max(down, 0), up], anchor=f'x{n}', title_text=label, nticks=6)})
+                           f'yaxis{n}': dict(domain=[max(down, 0), up], anchor=f'x{n}', title_text=label, nticks=6, automargin='left')})
         note(fig, f'<b>{head}</b>', left, up, font=dict(size=13), yshift=6); axes.append(dict(xaxis=f'x{n}', yaxis=f'y{n}'))
     return fig, axes
 
