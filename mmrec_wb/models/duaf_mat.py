@@ -387,6 +387,6 @@ def adversarial_loss(self: DuAFMAT, batch, player: str) -> dict: # loss; the cri
     with torch.no_grad(): x_syn, x_v, own = self.G(x_t, category, z)[:, 0], self.frozen['image'](ids)/self.size[1], self.frozen['image'].has[ids]
     out = critic_loss(self.D, x_t, x_v, x_syn, own, s['gan'], s['lambda_gp'])
     if own.any():
-        now = torch.stack([x.float().square().mean().sqrt() for x in (x_t, x_v[own])])         # in mixed precision these are half as long
+        now = torch.stack([x.float().square().mean().sqrt() for x in (x_t, x_v[own])])         # in mixed precision they come as bfloat16
         self.accept.lerp_(out['real'].float(), .05); self.size.mul_(torch.lerp(torch.ones_like(now), now, .05))
     return out

@@ -6,7 +6,7 @@
 __all__ = ['optimisers', 'step', 'save_checkpoint', 'load_checkpoint', 'check_tracker', 'check_loop', 'fit']
 
 # %% ../../nbs/training/fit.ipynb #501bcab3
-import json, os, shutil, time
+import contextlib, ctypes, json, os, shutil, time
 from collections import Counter
 from pathlib import Path
 import torch
@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from ..core.errors import WorkbenchError
 from ..core.guard import check
 from ..core.paths import atomic_write, disk_errors
-from ..core.processes import trim
 from ..core.seeds import rng, set_seed
 from ..data.batches import train_batches
 from .ranking import metrics_of, rank_all
@@ -109,7 +108,7 @@ def fit(
         if ndcg > p['best']: p.update(best=ndcg, best_epoch=p['epoch']); _keep(accelerator, model, run)
         values = {k: v/len(batches) for k, v in said.items()} | {'NDCG@10 valid': ndcg}
         run.log(p['epoch'], 'train', **values, **{'train seconds': trained - began, 'valid seconds': ranked - trained}); run.flush()
-        accelerator.log(values, step=p['epoch']); save_checkpoint(accelerator, run.path, p); trim(); bar.update()
+        accelerator.log(values, step=p['epoch']); save_checkpoint(accelerator, run.path, p); _trim(); bar.update()
     bar.close(); [t.finish() for t in accelerator.trackers]; load_weights(model, run.path/'model.safetensors')
     return p
 
@@ -131,3 +130,7 @@ def _keep(accelerator, model, run):
     "The best weights so far."
     if accelerator.is_main_process: atomic_write(run.path/'model.safetensors', lambda to: save_weights(model, str(to)))
     accelerator.wait_for_everyone()
+
+def _trim():
+    "Hand freed memory back: batches of ever new shapes leave holes in glibc's heap (80 MB an epoch on full Toys)."
+    with contextlib.suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0)

@@ -10,7 +10,7 @@ import numpy as np, polars as pl, torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from ..core.errors import WorkbenchError
-from ..core.processes import processes, trim
+from ..core.processes import processes
 from ..data.batches import Batches, Windows, eval_batches
 from .metrics import hit, mrr, ndcg
 
@@ -69,11 +69,12 @@ def rank_all(
     batches = eval_batches(data, split, model.max_len, users_per_batch)
     for i in tqdm(range(me, len(batches), world), desc=f'ranking {split}', mininterval=10, disable=not progress):
         b = batches[i]; target = b.targets[torch.arange(len(b)), b.last]; history = _history(data, split, b.user.numpy(), target)
-        state = model.user_state(b.to(device)); counted = target.new_zeros(len(b), 2, device=device)
+        state = model.user_state(b.to(device))
+        counted = target.new_zeros(len(b), 2, device=device)        # many small results, kept between large ones, would leave holes in the heap
         for a in range(0, len(b), size):
             s = slice(a, a + size); h = history[s]; h = h[:, (h > 0).any(0)]
             counted[s] = torch.stack(count_ranks(model, state[s], target[s].to(device), h.to(device), parts), 1)
-        rows.append(torch.cat([b.user[:, None], target[:, None], counted.cpu()], 1)); trim()
+        rows.append(torch.cat([b.user[:, None], target[:, None], counted.cpu()], 1))
     model.train(was); rows = torch.cat(rows or [torch.zeros(0, 4, dtype=torch.int64)]).numpy()
     if world > 1: rows = np.concatenate(gather_object([rows]))
     schema = dict(user=pl.Int64, target=pl.Int32, rank=pl.Int64, rank_masked=pl.Int64)
